@@ -1,0 +1,34 @@
+"""otgen: generated, tuned Triton kernels for entropic optimal transport, and the solvers on them.
+
+    import otgen
+    result = otgen.solve_sample(x, y, reg=0.1)
+
+Importing otgen loads nothing heavy: torch, triton and the rest come in with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from otgen.solvers.result import OTResult
+    from otgen.solvers.sample import solve_sample
+
+__all__ = ["OTResult", "__version__", "solve_sample"]
+
+_HOME = {"solve_sample": "otgen.solvers.sample", "OTResult": "otgen.solvers.result"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'otgen' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,196 @@
+"""The vocabulary: a *problem* is what is computed, a *variant* is how, a *family* is one template with its space and reference.
+
+A problem is the key of the tuning cache, a variant its value. A choice belongs to the variant only if every value of it computes
+the same function within the problem's tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from otgen.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from otgen.gpus import Gpu
+
+DTYPES = ("fp32", "bf16", "fp16")
+"""Storage types of the coordinates; potentials, weights and sums are always fp32."""
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
+
+Value = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What one launch computes: a family, the sizes of the clouds, the storage type of the coordinates, and the family's flags."""
+
+    family: str
+    n: int
+    m: int
+    d: int
+    dtype: str = "fp32"
+    flags: tuple[tuple[str, Value], ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.n, self.m, self.d) < 1:
+            raise UsageError(f"expected a shape of positive sizes n, m, d; got {self.shape}; write for example 4096x4096x64")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "flags", tuple(sorted(self.flags)))
+
+    @property
+    def shape(self) -> str:
+        return f"{self.n}x{self.m}x{self.d}"
+
+    def flag(self, name: str) -> Value:
+        return dict(self.flags)[name]
+
+    @property
+    def flag_text(self) -> str:
+        return ",".join(f"{k}={v}" for k, v in self.flags)
+
+    def __str__(self) -> str:
+        flags = f"[{self.flag_text}]" if self.flags else ""
+        return f"{self.family}{flags} {self.shape} {self.dtype}"
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """``"4096x2048x64"`` → (n, m, d).
+
+    Raises UsageError when `text` is not three positive integers joined by ``x``.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+    sizes = tuple(int(s) for s in match.groups()) if match else ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise UsageError(f"expected a shape NxMxD of positive integers; got {text!r}; write for example 4096x4096x64")
+    return sizes[0], sizes[1], sizes[2]
+
+
+class Variant(Mapping[str, Value]):
+    """How a problem is computed: an immutable, hashable mapping from axis to value, in sorted order."""
+
+    __slots__ = ("_hash", "_items")
+
+    def __init__(self, items: Mapping[str, Value] | None = None, **axes: Value) -> None:
+        self._items: dict[str, Value] = dict(sorted({**(items or {}), **axes}.items()))
+        self._hash = hash(tuple(self._items.items()))
+
+    def __getitem__(self, axis: str) -> Value:
+        return self._items[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Variant) and self._items == other._items
+
+    def int(self, axis: str) -> int:
+        value = self._items[axis]
+        if not isinstance(value, int):
+            raise UsageError(f"expected an integer for {axis}; got {value!r}")
+        return value
+
+    def with_(self, **axes: Value) -> Variant:
+        return Variant(self._items, **axes)
+
+    @property
+    def json(self) -> str:
+        return json.dumps(self._items, separators=(",", ":"))
+
+    @property
+    def text(self) -> str:
+        """The spelling the command line reads: ``BLOCK_M=128 BLOCK_N=64 …``."""
+        return " ".join(f"{k}={v}" for k, v in self._items.items())
+
+    def __repr__(self) -> str:
+        return f"Variant({self.text})"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One tensor argument of a family's ``launch()``: contiguous, row-major."""
+
+    shape: tuple[int, ...]
+    dtype: str = "fp32"
+    role: Literal["in", "out", "scratch"] = "in"
+
+
+Argument = Spec | float
+"""A tensor's spec, or the typical value of a float scalar."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kernel family: the same name in templates/, otgen/families/, tests/ and the database.
+
+    flags      name → the values it may take; ``int`` stands for any positive integer
+    axes       problem → axis → the values that may be tried (before `fits`)
+    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality
+    default    problem → the variant used when nothing was tuned: legal on every GPU of the table
+    arguments  problem → the keyword arguments of the rendered module's ``launch()``, in order
+    inputs     (problem, seed) → values of the "in" tensors and scalars, float64 torch tensors on the CPU
+    reference  (problem, inputs) → values of the "out" tensors in float64
+    budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
+    standard   d → the flag combinations that `otgen tune` covers when none is asked for
+    """
+
+    name: str
+    formula: str
+    flags: Mapping[str, tuple[str, ...] | type[int]]
+    axes: Callable[[Problem], Mapping[str, tuple[Value, ...]]]
+    fits: Callable[[Problem, Variant, Gpu], str]
+    default: Callable[[Problem], Variant]
+    arguments: Callable[[Problem], Mapping[str, Argument]]
+    inputs: Callable[[Problem, int], dict[str, Any]]
+    reference: Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
+    budget: Callable[[Problem, Variant, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
+    standard: Callable[[int], tuple[Mapping[str, Value], ...]]
+
+    def problem(self, n: int, m: int, d: int, dtype: str = "fp32", **flags: Value) -> Problem:
+        """A problem of this family with every flag checked; a flag left out takes its first value.
+
+        Raises UsageError for an unknown flag or value.
+        """
+        for name in flags:
+            if name not in self.flags:
+                raise unknown(f"flag of {self.name}", name, self.flags)
+        complete: dict[str, Value] = {}
+        for name, allowed in self.flags.items():
+            if isinstance(allowed, tuple):
+                value = flags.get(name, allowed[0])
+                if value not in allowed:
+                    raise unknown(f"value of {self.name}'s flag {name}", str(value), allowed)
+            else:
+                value = flags.get(name, 1)
+                if not isinstance(value, int) or value < 1:
+                    raise UsageError(f"expected a positive integer for {self.name}'s flag {name}; got {value!r}")
+            complete[name] = value
+        return Problem(self.name, n, m, d, dtype, tuple(complete.items()))
+
+    def check(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
+        """`variant` as a Variant, each axis and value checked against the declared space.
+
+        Whatever is read from a file or a command line passes through here before a template sees it.
+        Raises UsageError for a missing or unknown axis, a wrong type, or a value the axis does not have.
+        """
+        axes = self.axes(problem)
+        for axis, value in variant.items():
+            if axis not in axes:
+                raise unknown(f"axis of {self.name}", axis, axes)
+            if type(value) is not type(axes[axis][0]) or value not in axes[axis]:
+                raise UsageError(f"expected {axis} among {', '.join(map(str, axes[axis]))}; got {value!r}")
+        missing = [axis for axis in axes if axis not in variant]
+        if missing:
+            raise UsageError(f"expected every axis of {self.name}; missing {', '.join(missing)}")
+        return Variant(variant)

@@ -1,0 +1,32 @@
+"""Where templates/ and tuning_db/ are: inside the package (a wheel) or beside it (a checkout, an editable install)."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from otgen.errors import OtgenError
+
+PACKAGE = Path(__file__).parent
+
+
+@lru_cache
+def resource(folder: str) -> Path:
+    """The directory `folder`, looked for beside the package first, so that a checkout never reads a stale copy.
+
+    Raises OtgenError when neither place has it.
+    """
+    for place in (PACKAGE.parent / folder, PACKAGE / folder):
+        if place.is_dir():
+            return place
+    raise OtgenError(f"expected {folder}/ in or beside {PACKAGE}; found neither; reinstall otgen")
+
+
+@lru_cache
+def template_hash(family: str) -> str:
+    """Twelve hex digits of the sources a rendered kernel of `family` is made of: its template and the shared blocks."""
+    digest = hashlib.sha256()
+    digest.update((resource("templates") / f"{family}.py.jinja").read_bytes())
+    digest.update((PACKAGE / "blocks.py").read_bytes())
+    return digest.hexdigest()[:12]
