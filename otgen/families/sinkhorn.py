@@ -1,0 +1,110 @@
+"""Sinkhorn potential updates:  u* = u − log2 Σ_j b_j 2^S_ij,  S_ij = u_i + v_j + scale·<x_i, y_j>.
+
+Scaled potentials, in base 2 and without weights:  u = log2(e)/eps·f − scale/2·|x|²,  scale = 2·s·log2(e)/eps for C = s·|x − y|²,
+plan P_ij = a_i b_j 2^S_ij. An update is damped for a relaxed marginal and averaged in the symmetric schedule:
+
+    u ← (1 − step)·u + step·(damping·u* − (1 − damping)·scale/2·|x|²)
+
+Schedules: *alternating* updates one side (Gauss–Seidel; OTT-JAX, POT), *symmetric* both from the old pair (averaged Jacobi; GeomLoss).
+Source: Feydy, *Geometric data analysis, beyond convolutions* (2020), ch. 3; the biased-dot-product form: arXiv 2602.03067.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from otgen.families import tiles
+from otgen.problem import Argument, Family, Problem, Spec, Value, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+    from otgen.gpus import Gpu
+
+
+def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
+    symmetric = problem.flag("schedule") == "symmetric"
+    fusion = ("two_launches", "one_launch", "one_sweep") if symmetric else ("half_step",)
+    return {**tiles.tile_axes(problem), "fusion": fusion}
+
+
+def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
+    if variant["fusion"] == "one_sweep" and variant["stabiliser"] != "shifted":
+        return "rows and columns share one exponential only under a common shift"
+    return tiles.tile_misfit(problem, variant, gpu)
+
+
+def default(problem: Problem) -> Variant:
+    return Variant(tiles.default_tile(problem), fusion=axes(problem)["fusion"][0])
+
+
+def arguments(problem: Problem) -> dict[str, Argument]:
+    n, m = problem.n, problem.m
+    x, y, row, column = tiles.points(n, problem), tiles.points(m, problem), Spec((n,)), Spec((m,))
+    row_out, column_out = Spec((n,), role="out"), Spec((m,), role="out")
+    if problem.flag("schedule") == "alternating":
+        tensors = {"x": x, "y": y, "u": row, "v": column, "b": column, "x_sq": row, "u_out": row_out, "rho": row_out}
+        return {**tensors, "scale": 1.0, "damping": 1.0, "step": 1.0}
+    tensors = {"x": x, "y": y, "u": row, "v": column, "a": row, "b": column, "x_sq": row, "y_sq": column}
+    outputs = {"u_out": row_out, "v_out": column_out, "rho": row_out, "gamma": column_out}
+    return {**tensors, **outputs, "scale": 1.0, "damping_a": 1.0, "damping_b": 1.0, "step": 0.5}
+
+
+def inputs(problem: Problem, seed: int) -> dict[str, Any]:
+    """Almost solved clouds; one row is shifted so far down that a shifted sweep must notice and redo it."""
+    given = tiles.clouds(problem, seed)
+    given["u"][0] -= 100.0
+    given |= {"x_sq": (given["x"] ** 2).sum(1).float().double(), "y_sq": (given["y"] ** 2).sum(1).float().double()}
+    if problem.flag("schedule") == "alternating":
+        return given | {"damping": 0.9, "step": 0.75}
+    return given | {"damping_a": 0.9, "damping_b": 0.8, "step": 0.5}
+
+
+def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
+    s = tiles.scores(given)
+    if problem.flag("schedule") == "alternating":
+        u_out, rho = _update(s, given["u"], given["b"], given["x_sq"], given["scale"], given["damping"], given["step"])
+        return {"u_out": u_out, "rho": rho}
+    u_out, rho = _update(s, given["u"], given["b"], given["x_sq"], given["scale"], given["damping_a"], given["step"])
+    v_out, gamma = _update(s.T, given["v"], given["a"], given["y_sq"], given["scale"], given["damping_b"], given["step"])
+    return {"u_out": u_out, "v_out": v_out, "rho": rho, "gamma": gamma}
+
+
+def _update(
+    s: torch.Tensor, u: torch.Tensor, b: torch.Tensor, x_sq: torch.Tensor, scale: float, damping: float, step: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    log_rho = torch.logsumexp(s * tiles.LN2 + b.log(), 1) / tiles.LN2
+    target = damping * (u - log_rho) - (1.0 - damping) * scale / 2 * x_sq
+    return (1.0 - step) * u + step * target, torch.exp2(log_rho)
+
+
+def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
+    """Potentials move by no more than their scores; sums of exponentials by no more than that, relatively."""
+    potential = tiles.score_budget(variant, given)
+    share = tiles.relative_budget(variant, given)
+    return {
+        name: potential + tiles.FP32_SLACK * float(value.abs().max()) if name.endswith("_out") else share * float(value.max())
+        for name, value in expected.items()
+    }
+
+
+def standard(d: int) -> tuple[Mapping[str, Value], ...]:
+    return {"schedule": "alternating"}, {"schedule": "symmetric"}
+
+
+FAMILY = Family(
+    name="sinkhorn",
+    formula="u* = u − log2 Σ_j b_j 2^(u_i + v_j + scale·<x_i, y_j>)",
+    flags={"schedule": ("alternating", "symmetric")},
+    axes=axes,
+    fits=fits,
+    default=default,
+    arguments=arguments,
+    inputs=inputs,
+    reference=reference,
+    budget=budget,
+    standard=standard,
+)

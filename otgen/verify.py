@@ -1,0 +1,88 @@
+"""Whether a rendered kernel computes its formula: outputs poisoned, compared with float64 inside a budget derived from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from otgen.errors import OtgenError
+from otgen.families import family
+from otgen.problem import Problem, Spec, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One output's largest error against float64, and the largest it was allowed. NaN counts as infinite."""
+
+    output: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+
+def small(problem: Problem, variant: Variant) -> Problem:
+    """An awkward problem of the same kind that is quick to interpret: one row and column more than whole tiles."""
+    return replace(problem, n=variant.int("BLOCK_M") + 3, m=variant.int("BLOCK_N") + 5)
+
+
+def verify(problem: Problem, variant: Variant, launch: Callable[..., None], device: str, seed: int = 0) -> list[Accuracy]:
+    """Runs `launch` on `problem`'s test input on `device` and measures every output against the float64 reference.
+
+    Outputs are filled with NaN first, so that an element nobody wrote is an error. The budget is that of the variant's precision.
+    """
+    import torch
+
+    kind = family(problem.family)
+    given = kind.inputs(problem, seed)
+    expected = kind.reference(problem, given)
+    allowed = kind.budget(problem, variant, given, expected)
+    call = call_arguments(problem, given, device)
+    launch(**call)
+    return [
+        Accuracy(name, float(torch.nan_to_num((call[name].cpu().double() - value).abs(), nan=torch.inf).max()), allowed[name])
+        for name, value in expected.items()
+    ]
+
+
+def call_arguments(problem: Problem, given: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """`launch()`'s arguments on `device` for these input values, outputs full of NaN."""
+    return {name: _argument(spec, given.get(name), device) for name, spec in family(problem.family).arguments(problem).items()}
+
+
+def _argument(spec: Spec | float, value: Any, device: str) -> torch.Tensor | float:
+    import torch
+
+    if not isinstance(spec, Spec):
+        return float(value)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.dtype]
+    if spec.role == "in":
+        tensor: torch.Tensor = value.to(dtype).contiguous().to(device)
+        return tensor
+    return torch.full(spec.shape, torch.nan, dtype=dtype, device=device)
+
+
+def interpret(problem: Problem, variant: Variant, seed: int = 0) -> list[Accuracy]:
+    """`verify` through Triton's interpreter, on the awkward small problem. Needs TRITON_INTERPRET=1 in the environment.
+
+    The interpreter multiplies in fp32 whatever the precision mode, so fp32's budget applies to all of them.
+    """
+    from otgen.blocks import INTERPRETED
+    from otgen.render import load
+
+    if not INTERPRETED.value:
+        raise OtgenError("expected the interpreter; this process compiles; set TRITON_INTERPRET=1 before it starts")
+    return verify(small(problem, variant), variant.with_(precision="ieee"), load(problem, variant).launch, "cpu", seed)
+
+
+def failures(results: list[Accuracy]) -> Iterator[str]:
+    """One sentence per output outside its budget."""
+    for result in results:
+        if not result.ok:
+            yield f"{result.output}: error {result.error:.3g} exceeds the budget {result.budget:.3g}"

@@ -1,0 +1,129 @@
+"""What every family promises: a space that is legal, kernels that compute the formula, on awkward shapes first."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from otgen.errors import UsageError
+from otgen.families import FAMILIES, family
+from otgen.gpus import GPUS
+from otgen.problem import Problem, Variant
+from otgen.render import load
+from otgen.verify import failures, interpret, verify
+
+PROBLEMS = [kind.problem(4096, 4096, d, **flags) for kind in FAMILIES.values() for d in (3, 64, 100) for flags in kind.standard(d)]
+
+
+def legal(problem: Problem, gpu: str = "a100") -> list[Variant]:
+    kind = family(problem.family)
+    axes = kind.axes(problem)
+    variants = (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
+    return [variant for variant in variants if not kind.fits(problem, variant, GPUS[gpu])]
+
+
+def spread(problem: Problem, count: int) -> list[Variant]:
+    """`count` legal variants in which every combination of structural axes turns up before a tile repeats one."""
+    groups: dict[tuple[object, ...], list[Variant]] = {}
+    for variant in legal(problem):
+        resident = variant.int("BLOCK_K") >= problem.d
+        groups.setdefault((variant.get("fusion"), variant["stabiliser"], resident), []).append(variant)
+    chooser = random.Random(str(problem))
+    order = [chooser.choice(group) for _, group in sorted(groups.items(), key=str)]
+    return [*order, *(chooser.choice(legal(problem)) for _ in range(count - len(order)))][: max(count, len(order))]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_interpreted_kernels_agree_with_float64(problem: Problem) -> None:
+    for variant in [family(problem.family).default(problem), *spread(problem, 6)]:
+        assert not list(failures(interpret(problem, variant))), variant
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 37, 5), (37, 1, 16), (63, 65, 17), (64, 64, 64), (129, 31, 1), (2, 300, 33)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_awkward_shapes(name: str, shape: tuple[int, int, int]) -> None:
+    kind = family(name)
+    for flags in kind.standard(shape[2]):
+        problem = kind.problem(*shape, **flags)
+        variant = kind.default(problem).with_(stabiliser="shifted", BLOCK_M=32)
+        results = verify(problem, variant, load(problem, variant).launch, "cpu")
+        assert not list(failures(results)), flags
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sixteen_bit_storage(name: str, dtype: str) -> None:
+    kind = family(name)
+    for flags in kind.standard(40):
+        problem = kind.problem(70, 50, 40, dtype, **flags)
+        assert not list(failures(interpret(problem, kind.default(problem)))), flags
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_default_is_legal_everywhere(name: str, gpu: str) -> None:
+    kind = family(name)
+    for d in (1, 3, 64, 1025):
+        for flags in kind.standard(d):
+            for dtype in ("fp32", "bf16", "fp16"):
+                problem = kind.problem(1000, 10, d, dtype, **flags)
+                assert kind.check(problem, kind.default(problem)) == kind.default(problem)
+                assert kind.fits(problem, kind.default(problem), GPUS[gpu]) == ""
+
+
+def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
+    reasons = set()
+    for problem in [*PROBLEMS, *(replace(p, dtype="bf16") for p in PROBLEMS[:2])]:
+        kind = family(problem.family)
+        axes = kind.axes(problem)
+        variants = [Variant(dict(zip(axes, values))) for values in product(*axes.values())]
+        for gpu in ("l4", "mi300x"):
+            reasons |= {kind.fits(problem, variant, GPUS[gpu]) for variant in random.Random(0).sample(variants, 2000)}
+    text = "\n".join(sorted(reasons))
+    for word in ("product uses", "NVIDIA's", "fragment", "score tile", "output tiles", "unrolled", "starves", "shared memory", "at once"):
+        assert word in text
+
+
+def test_a_wrong_kernel_is_told_from_a_right_one() -> None:
+    kind = family("sinkhorn")
+    problem = kind.problem(64, 64, 8)
+    variant = kind.default(problem)
+
+    def forgets_the_last_row(**arguments: object) -> None:
+        load(problem, variant).launch(**arguments)
+        arguments["u_out"][-1] = float("nan")  # type: ignore[index]
+
+    wrong = list(failures(verify(problem, variant, forgets_the_last_row, "cpu")))
+    assert len(wrong) == 1
+    assert wrong[0].startswith("u_out: error inf exceeds the budget")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"shedule": "symmetric"}, "Did you mean 'schedule'"), ({"schedule": "jacobi"}, "known: alternating, symmetric")],
+)
+def test_unknown_flags(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        family("sinkhorn").problem(1, 1, 1, **flags)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"BLOCK_M": 48}, "expected BLOCK_M among"),
+        ({"BLOCK_M": "64"}, "expected BLOCK_M among"),
+        ({"num_warps": True}, "expected num_warps among"),
+        ({"BLOCK_Q": 64}, "unknown axis"),
+        ({"precision": "__import__('os')"}, "expected precision among"),
+    ],
+)
+def test_values_outside_the_space_are_refused(axes: dict[str, object], message: str) -> None:
+    kind = family("sinkhorn")
+    problem = kind.problem(64, 64, 64)
+    with pytest.raises(UsageError, match=message):
+        kind.check(problem, {**kind.default(problem), **axes})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match="missing BLOCK_M"):
+        kind.check(problem, {"BLOCK_N": 64})

@@ -1,0 +1,150 @@
+"""Renders, against golden files. After an intended change: OTGEN_UPDATE_GOLDEN=1 pytest tests/test_render.py, then read the diff."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jinja2.exceptions import UndefinedError
+
+from otgen.errors import UsageError
+from otgen.families import FAMILIES, family
+from otgen.problem import Problem, Variant
+from otgen.render import _environment, body_digest, file_name, load, save, source
+from otgen.resources import resource, template_hash
+
+GOLDEN = Path(__file__).parent / "golden"
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "precision": "tf32", "stabiliser": "shifted"}
+
+
+def case(name: str, axes: dict[str, int | str], **flags: int | str) -> tuple[Problem, Variant]:
+    return family(name).problem(4096, 4096, 64, **flags), Variant(TILE, **axes)
+
+
+CASES = {
+    "sinkhorn_alternating": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating"),
+    "sinkhorn_alternating_running": case("sinkhorn", {"fusion": "half_step", "stabiliser": "running"}, schedule="alternating"),
+    "sinkhorn_two_launches": case("sinkhorn", {"fusion": "two_launches"}, schedule="symmetric"),
+    "sinkhorn_one_launch": case("sinkhorn", {"fusion": "one_launch"}, schedule="symmetric"),
+    "sinkhorn_one_sweep": case("sinkhorn", {"fusion": "one_sweep"}, schedule="symmetric"),
+    "transport_vector": case("transport", {}, output="vector"),
+    "transport_matrix": case("transport", {"BLOCK_W": 32}, output="matrix", width=100),
+    "transport_gradient": case("transport", {"BLOCK_W": 64}, output="gradient"),
+    "hvp_matvec": case("hvp", {}, product="matvec"),
+    "hvp_assembly": case("hvp", {"BLOCK_W": 64}, product="assembly"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    text = source(*CASES[name])
+    path = GOLDEN / f"{name}.py"
+    if os.environ.get("OTGEN_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"OTGEN_UPDATE_GOLDEN=1 pytest {__file__}"
+
+
+def test_goldens_cover_every_family_and_fusion_and_nothing_else() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
+    problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values()}
+    assert problems == {(kind.name, next(iter(flags.values()))) for kind in FAMILIES.values() for flags in kind.standard(64)}
+    symmetric = family("sinkhorn").problem(1, 1, 1, schedule="symmetric")
+    assert {v["fusion"] for p, v in CASES.values() if p.flags == symmetric.flags} == set(family("sinkhorn").axes(symmetric)["fusion"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_render_parses_lints_and_names_its_numbers(name: str) -> None:
+    problem, variant = CASES[name]
+    tree = ast.parse(source(problem, variant))
+    assigned = {node.targets[0].id: ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign)}  # type: ignore[attr-defined]
+    assert assigned["BLOCK_M"] == "tl.constexpr(128)"
+    assert assigned["NUM_WARPS"] == "4"
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions[-1].name == "launch"
+    assert all(ast.get_docstring(function) for function in functions)
+    numbers = {n.value for f in functions for n in ast.walk(f) if isinstance(n, ast.Constant) and type(n.value) in (int, float)}
+    assert numbers <= {0, 0.0, 0.5, 1, 1.0, 2.0}, "sizes belong to the constants at the top"
+
+
+@pytest.mark.parametrize("folder", ["templates", "golden"])
+def test_templates_and_renders_pass_the_linter(folder: str, tmp_path: Path) -> None:
+    """A template is a Python module before rendering too; structural alternatives may define a name twice."""
+    sources = resource("templates").glob("*.py.jinja") if folder == "templates" else GOLDEN.glob("*.py")
+    for path in sources:
+        (tmp_path / f"{path.name.split('.')[0]}.py").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    rules = "E,F,B" if folder == "golden" else "E,F,B,"
+    ignored = ["E501"] if folder == "golden" else ["E501", "F811", "F821", "F841", "B018"]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", f"--select={rules.rstrip(',')}"]
+    result = subprocess.run([*command, f"--ignore={','.join(ignored)}", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_name_in_every_folder(name: str) -> None:
+    root = Path(__file__).parent
+    assert (resource("templates") / f"{name}.py.jinja").exists()
+    assert (root / f"test_{name}.py").exists()
+    assert {case.split("_")[0] for case in CASES} == set(FAMILIES)
+
+
+def test_rendering_is_pure() -> None:
+    """The same bytes in another process, whatever its hash seed."""
+    problem, variant = CASES["sinkhorn_one_sweep"]
+    script = (
+        "from otgen.families import family; from otgen.problem import Variant; from otgen.render import source; import sys;"
+        f"p = family('sinkhorn').problem(4096, 4096, 64, schedule='symmetric');"
+        f"sys.stdout.write(source(p, Variant({dict(variant)!r})))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment).stdout
+    assert other == source(problem, variant)
+
+
+def test_the_command_in_the_header_reproduces_the_render() -> None:
+    text = source(*CASES["transport_matrix"])
+    _, command = text.splitlines()[:2]
+    words = command.removeprefix("# ").split()
+    assert words[0] == "otgen"
+    again = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True).stdout
+    assert again == text
+
+
+def test_sizes_do_not_change_the_body() -> None:
+    problem, variant = CASES["sinkhorn_one_sweep"]
+    other = family("sinkhorn").problem(1000, 17, 50, schedule="symmetric")
+    one, two = source(problem, variant), source(other, variant)
+    assert one != two
+    assert body_digest(one) == body_digest(two)
+    assert file_name(problem, variant, one) == file_name(other, variant, two)
+    looped = source(problem, variant.with_(BLOCK_K=32))
+    assert body_digest(looped) != body_digest(one)
+
+
+def test_a_render_is_written_once_and_imported_once(tmp_path: Path) -> None:
+    problem, variant = CASES["hvp_matvec"]
+    path = save(problem, variant, tmp_path)
+    before = path.stat().st_mtime_ns
+    assert save(problem, variant, tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert load(problem, variant, tmp_path) is load(problem, variant, tmp_path)
+
+
+def test_an_unknown_name_in_a_template_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        _environment().from_string("{{ missing }}").render()
+
+
+def test_nothing_outside_the_space_reaches_a_template() -> None:
+    problem, variant = CASES["hvp_matvec"]
+    with pytest.raises(UsageError, match="expected precision among"):
+        source(problem, variant.with_(precision='tf32")\nimport os  # '))
+
+
+def test_template_hash_follows_the_template_and_the_blocks() -> None:
+    assert len({template_hash(name) for name in FAMILIES}) == len(FAMILIES)
+    assert template_hash("sinkhorn") in source(*CASES["sinkhorn_one_sweep"]).splitlines()[0]
