@@ -1,0 +1,5 @@
+"""``python -m otgen``: the command line."""
+
+from otgen.cli import main
+
+main()

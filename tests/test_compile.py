@@ -1,0 +1,121 @@
+"""Every family meets the compiler of every GPU in the table; no GPU, no driver."""
+
+from __future__ import annotations
+
+import pytest
+
+from otgen.compile import Kernel, compile_key, compile_variant
+from otgen.errors import CompileError
+from otgen.families import FAMILIES, family
+from otgen.gpus import GPUS, gpu
+from otgen.pool import Outcome, Pool
+from otgen.problem import Problem, Variant
+
+ARCHITECTURES = {entry.arch: slug for slug, entry in reversed(GPUS.items())}
+TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "stabiliser": "shifted"}
+
+
+def compile_all(tasks: dict[object, tuple[Problem, Variant, str]]) -> dict[object, Outcome]:
+    with Pool(2, limit=120.0, environment={"TRITON_INTERPRET": None}) as pool:
+        for key, task in tasks.items():
+            pool.submit(key, compile_variant, *task)
+        return {outcome.key: outcome for outcome in pool.outcomes()}
+
+
+def tuned(problem: Problem, precision: str, **axes: int | str) -> Variant:
+    variant = {**family(problem.family).default(problem), **TILE, "BLOCK_K": 64, "precision": precision, **axes}
+    if "BLOCK_W" in variant:
+        variant["BLOCK_W"] = 64
+    return Variant(variant)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiles_for_every_architecture(name: str) -> None:
+    kind = family(name)
+    tasks = {}
+    for arch, slug in ARCHITECTURES.items():
+        for flags in kind.standard(64):
+            problem = kind.problem(4096, 4096, 64, **flags)
+            for fusion in kind.axes(problem).get("fusion", ("",)):
+                axes = {"fusion": fusion} if fusion else {}
+                tasks[arch, problem.flag_text, fusion] = problem, tuned(problem, "bf16", **axes), slug
+    outcomes = compile_all(tasks)
+    assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
+    for (arch, *_), outcome in outcomes.items():
+        for kernel in outcome.value:
+            assert 16 <= kernel.registers <= gpu(ARCHITECTURES[arch]).registers_per_thread
+            assert kernel.binary[:4] == b"\x7fELF"
+            assert kernel.shared_bytes <= gpu(ARCHITECTURES[arch]).shared_per_block
+
+
+@pytest.mark.parametrize("slug", ["a100", "h100", "b200"])
+def test_every_precision_and_stabiliser_compiles(slug: str) -> None:
+    problem = family("sinkhorn").problem(4096, 4096, 64, schedule="symmetric")
+    tasks = {
+        (precision, stabiliser): (
+            problem,
+            tuned(problem, precision, BLOCK_N=32, BLOCK_K=32, fusion="one_launch", stabiliser=stabiliser),
+            slug,
+        )
+        for precision in ("ieee", "tf32", "tf32x3", "bf16x3", "bf16", "fp16")
+        for stabiliser in ("running", "shifted")
+    }
+    outcomes = compile_all(tasks)
+    assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
+    tensor = "HMMA" if slug == "a100" else "HGMMA" if slug == "h100" else "UTC"
+    for (precision, _), outcome in outcomes.items():
+        assert (tensor in outcome.value[0].code) == (precision != "ieee"), precision
+
+
+def test_launches_and_grids_are_those_of_launch() -> None:
+    problem = family("sinkhorn").problem(1000, 500, 64, schedule="symmetric")
+    tasks = {f: (problem, tuned(problem, "tf32", fusion=f), "a100") for f in ("two_launches", "one_launch", "one_sweep")}
+    found = {
+        key: [(kernel.name, kernel.grid, kernel.num_warps) for kernel in outcome.value] for key, outcome in compile_all(tasks).items()
+    }
+    assert found == {
+        "two_launches": [("half_step", (16,), 4), ("half_step", (8,), 4)],
+        "one_launch": [("both_steps", (24,), 4)],
+        "one_sweep": [("sweep", (16,), 4), ("finish", (24,), 4)],
+    }
+
+
+def test_too_much_shared_memory_is_its_own_class() -> None:
+    problem = family("sinkhorn").problem(4096, 4096, 64)
+    variant = tuned(problem, "tf32", BLOCK_M=256, BLOCK_N=256, num_stages=4, num_warps=8)
+    outcome = compile_all({0: (problem, variant, "l4")})[0]
+    assert isinstance(outcome.error, CompileError)
+    assert outcome.error.status == "resource"
+    assert "l4 has 101376" in str(outcome.error)
+
+
+def test_a_compiler_error_is_one_sentence() -> None:
+    problem = family("sinkhorn").problem(4096, 4096, 64)
+    outcome = compile_all({0: (problem, tuned(problem, "tf32"), "mi300x")})[0]
+    if outcome.status != "ok":
+        assert isinstance(outcome.error, CompileError)
+        assert "\n" not in str(outcome.error)
+    else:
+        assert outcome.value[0].ptx == ""
+
+
+def test_compile_keys_share_what_compiles_alike() -> None:
+    kind = family("sinkhorn")
+    problem = kind.problem(4096, 4096, 64)
+    variant = tuned(problem, "tf32")
+    key = compile_key(problem, variant, gpu("h100"))
+    assert key == compile_key(kind.problem(65536, 1024, 64), variant, gpu("h200"))
+    others = [
+        compile_key(kind.problem(4096, 4096, 63), variant, gpu("h100")),
+        compile_key(kind.problem(4097, 4096, 64), variant, gpu("h100")),
+        compile_key(kind.problem(1, 4096, 64), variant, gpu("h100")),
+        compile_key(kind.problem(4096, 4096, 64, "bf16"), variant, gpu("h100")),
+        compile_key(kind.problem(4096, 4096, 64, schedule="symmetric"), variant, gpu("h100")),
+        compile_key(problem, variant.with_(num_warps=8), gpu("h100")),
+        compile_key(problem, variant, gpu("a100")),
+    ]
+    assert len({key, *others}) == len(others) + 1
+
+
+def test_programs_multiply_the_grid() -> None:
+    assert Kernel("k", (3, 5), 4, 32, 0, 0, "", b"", "").programs == 15

@@ -1,0 +1,56 @@
+"""A task that hangs, crashes or raises costs itself and nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from otgen.pool import Pool
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def die() -> None:
+    os._exit(7)
+
+
+def refuse() -> None:
+    raise ValueError("no")
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def unpicklable() -> object:
+    return lambda: None
+
+
+def test_every_task_reports_once_whatever_happens() -> None:
+    tasks = {"hang": hang, "die": die, "refuse": refuse, "unpicklable": unpicklable}
+    with Pool(2, limit=4.0) as pool:
+        for key, task in tasks.items():
+            pool.submit(key, task)
+        for x in range(8):
+            pool.submit(x, square, x)
+        outcomes = {outcome.key: outcome for outcome in pool.outcomes()}
+    assert {key: outcomes[key].status for key in tasks} == {"hang": "timeout", "die": "crashed", "refuse": "error", "unpicklable": "error"}
+    assert [outcomes[x].value for x in range(8)] == [x * x for x in range(8)]
+    assert outcomes["hang"].message == "took longer than 4 s"
+    assert outcomes["die"].message == "worker ended with code 7"
+    assert outcomes["refuse"].message == "ValueError: no"
+
+
+def test_environment_is_the_workers_own() -> None:
+    os.environ["OTGEN_TEST_HERE"] = "parent"
+    with Pool(1, limit=30.0, environment={"OTGEN_TEST_HERE": None, "OTGEN_TEST_THERE": "child"}) as pool:
+        pool.submit(0, environment, "OTGEN_TEST_HERE")
+        pool.submit(1, environment, "OTGEN_TEST_THERE")
+        assert [outcome.value for outcome in pool.outcomes()] == [None, "child"]
+    assert "OTGEN_TEST_THERE" not in os.environ
