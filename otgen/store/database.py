@@ -1,0 +1,215 @@
+"""The store: records trials, and decides winners from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from otgen.errors import StoreError, unknown
+from otgen.problem import Problem, Variant
+from otgen.resources import template_hash
+from otgen.store.connect import connect, errors_of, transaction
+from otgen.store.decide import best_of
+from otgen.store.records import ENVIRONMENT, Accuracy, Compiled, Measurement, Prediction, StoredTrial, Trial, Winner
+from otgen.store.winners import select
+
+_KEY = "gpu = :gpu AND family = :family AND n = :n AND m = :m AND d = :d AND dtype = :dtype AND flags = :flags"
+
+_TRIALS = f"""
+SELECT t.id, t.variant, t.status, t.message, p.us, e.median_us,
+       (SELECT max(a.value / a.budget) FROM accuracy a WHERE a.trial = t.id), c.registers, c.spills, c.shared_bytes
+FROM trial t LEFT JOIN compile c ON c.id = t.compile
+     LEFT JOIN prediction p ON p.trial = t.id LEFT JOIN measurement e ON e.trial = t.id
+WHERE {_KEY} AND template_hash = :template_hash
+ORDER BY t.id
+"""
+
+_KEEP_WINNERS_ONLY = (
+    *(f"DELETE FROM {fact} WHERE trial NOT IN (SELECT trial FROM winner)" for fact in ("prediction", "measurement", "accuracy")),
+    "DELETE FROM trial WHERE id NOT IN (SELECT trial FROM winner)",
+    "DELETE FROM compile WHERE id NOT IN (SELECT compile FROM trial WHERE compile IS NOT NULL)",
+    "DELETE FROM environment WHERE id NOT IN (SELECT environment FROM trial)",
+)
+
+
+class Store:
+    """An open tuning database. Use as a context manager; every method raises StoreError and leaves what was stored intact."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.path = path
+        self._connection = connection
+
+    @classmethod
+    def open(cls, path: Path | str, *, readonly: bool = False) -> Store:
+        """The database at `path`, created and migrated unless `readonly`. Raises StoreError (see `otgen.store.connect`)."""
+        path = Path(path).expanduser()
+        return cls(connect(path, readonly=readonly), path)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with errors_of(self.path), transaction(self._connection):
+            yield
+
+    def _query(self, sql: str, values: Mapping[str, Any]) -> list[Any]:
+        with errors_of(self.path):
+            return self._connection.execute(sql, values).fetchall()
+
+    def _insert(self, table: str, row: Mapping[str, Any], *, conflict: str = "ABORT") -> int:
+        columns, places = ", ".join(row), ", ".join(f":{column}" for column in row)
+        cursor = self._connection.execute(f"INSERT OR {conflict} INTO {table} ({columns}) VALUES ({places})", row)
+        return cursor.lastrowid or 0
+
+    def environment(self, facts: Mapping[str, str]) -> int:
+        """The id of the environment with these facts (names in `ENVIRONMENT`; one left out is empty), inserted when new.
+
+        Raises UsageError for an unknown name.
+        """
+        for name in facts:
+            if name not in ENVIRONMENT:
+                raise unknown("environment fact", name, ENVIRONMENT)
+        row = {name: facts.get(name, "") for name in ENVIRONMENT}
+        with self._transaction():
+            self._insert("environment", row, conflict="IGNORE")
+            where = " AND ".join(f"{name} = :{name}" for name in ENVIRONMENT)
+            return int(self._connection.execute(f"SELECT id FROM environment WHERE {where}", row).fetchone()[0])
+
+    def record(
+        self,
+        trial: Trial,
+        *,
+        environment: int,
+        compiled: Compiled | None = None,
+        prediction: Prediction | None = None,
+        measurement: Measurement | None = None,
+        accuracy: Iterable[Accuracy] = (),
+    ) -> int:
+        """Insert a trial and all that was learnt from it, in one transaction; returns the trial's id.
+
+        A compile row is shared by all trials of its key. Raises StoreError when a value breaks the schema (a status outside the
+        vocabulary, a time that is infinite or not positive); nothing of the trial is stored then.
+        """
+        row = asdict(trial)
+        del row["problem"]
+        row |= _key(trial.problem, trial.gpu) | {"variant": trial.variant.json, "environment": environment}
+        with self._transaction():
+            row["compile"] = self._compile_id(compiled) if compiled else None
+            trial_id = self._insert("trial", row)
+            if prediction:
+                self._insert("prediction", {"trial": trial_id, "us": prediction.us, "terms": _json(prediction.terms)})
+            if measurement:
+                values = asdict(measurement) | {"samples_us": _json(list(measurement.samples_us))}
+                self._insert("measurement", {"trial": trial_id} | values)
+            for entry in accuracy:
+                value = entry.value if math.isfinite(entry.value) else None
+                self._insert("accuracy", {"trial": trial_id, "metric": entry.metric, "value": value, "budget": entry.budget})
+        return trial_id
+
+    def _compile_id(self, compiled: Compiled) -> int:
+        row = asdict(compiled) | {"instructions": _json(compiled.instructions)}
+        known = self._connection.execute("SELECT id FROM compile WHERE key = ?", (compiled.key,)).fetchone()
+        return int(known[0]) if known else self._insert("compile", row)
+
+    def compiled(self, key: str) -> Compiled | None:
+        """What the compiler made of `key` the first time, or None when it has not been compiled."""
+        rows = self._query(
+            "SELECT key, source_hash, registers, spills, shared_bytes, instructions FROM compile WHERE key = :key", {"key": key}
+        )
+        if not rows:
+            return None
+        key, source_hash, registers, spills, shared_bytes, instructions = rows[0]
+        return Compiled(key, source_hash, registers, spills, shared_bytes, json.loads(instructions))
+
+    def trials(self, problem: Problem, gpu: str) -> list[StoredTrial]:
+        """The trials of a problem for a GPU on the family's present template, oldest first: what a study is rebuilt from."""
+        rows = self._query(_TRIALS, _key(problem, gpu) | {"template_hash": template_hash(problem.family)})
+        return [StoredTrial(row[0], Variant(json.loads(row[1])), *row[2:]) for row in rows]
+
+    def decide(self, problem: Problem, gpu: str) -> list[Winner]:
+        """Recompute the winners of a problem for a GPU from its trials, one per precision mode (rules in `otgen.store.decide`).
+
+        A mode that was tuned on an earlier template only keeps its old winner, whose template_hash tells.
+        """
+        key = _key(problem, gpu)
+        current = template_hash(problem.family)
+        with self._transaction():
+            self._connection.execute(
+                f"DELETE FROM winner WHERE {_KEY} AND template_hash = :template_hash", key | {"template_hash": current}
+            )
+            for precision, trial in best_of(self.trials(problem, gpu)).items():
+                row = key | {
+                    "precision": precision,
+                    "evidence": "predicted" if trial.measured_us is None else "measured",
+                    "variant": trial.variant.json,
+                    "template_hash": current,
+                    "predicted_us": trial.predicted_us,
+                    "measured_us": trial.measured_us,
+                    "trial": trial.id,
+                }
+                self._insert("winner", row, conflict="REPLACE")
+        return [
+            winner for winner in self.winners(gpu, problem.family) if winner.problem == problem and winner.template_hash == current
+        ]
+
+    def winners(self, gpu: str | None = None, family: str | None = None) -> list[Winner]:
+        """The winners of this file, stale ones among them, ordered by GPU, problem and time."""
+        with errors_of(self.path):
+            return select(self._connection, self.path, gpu=gpu, family=family)
+
+    def snapshot(self, path: Path | str, *, winners_only: bool = False) -> None:
+        """Write a compact copy that can be shipped and opened from read-only media; an old file at `path` is replaced at once.
+
+        winners_only  keep the facts behind the winners, leave out every other trial
+        """
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with errors_of(unfinished):
+                self._connection.execute("VACUUM INTO ?", (str(unfinished),))
+                with closing(sqlite3.connect(unfinished, isolation_level=None)) as copy:
+                    copy.execute("PRAGMA journal_mode = DELETE")
+                    if winners_only:
+                        with transaction(copy):
+                            for statement in _KEEP_WINNERS_ONLY:
+                                copy.execute(statement)
+                        copy.execute("VACUUM")
+            unfinished.replace(path)
+        except OSError as error:
+            raise StoreError(f"expected a snapshot to be written to {path}; got: {error}; name another place") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _key(problem: Problem, gpu: str) -> dict[str, Any]:
+    return {
+        "gpu": gpu,
+        "family": problem.family,
+        "n": problem.n,
+        "m": problem.m,
+        "d": problem.d,
+        "dtype": problem.dtype,
+        "flags": json.dumps(dict(problem.flags), separators=(",", ":")),
+    }
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise StoreError(f"expected finite numbers to store; got {value!r}; report this as a bug of otgen") from error

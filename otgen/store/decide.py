@@ -1,0 +1,41 @@
+"""Which of a problem's trials wins, one per precision mode: a pure function of the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf
+
+from otgen.problem import Variant
+from otgen.store.records import StoredTrial
+
+REFUTES = ("wrong_result", "illegal_access", "launch_error")
+"""Statuses that take back an earlier ok of the same variant: the kernel itself is at fault, not the machine's load."""
+
+
+def best_of(trials: Iterable[StoredTrial]) -> dict[str, StoredTrial]:
+    """Precision mode → the winning trial, from trials given oldest first.
+
+    A measured trial comes before a predicted one; then the shorter time, the smaller error, fewer registers, the earlier trial.
+    """
+    standing: dict[Variant, StoredTrial] = {}
+    for trial in trials:
+        if trial.status in REFUTES:
+            standing.pop(trial.variant, None)
+        elif trial.status == "ok" and trial.us is not None:
+            earlier = standing.get(trial.variant)
+            if earlier is None or trial.measured_us is not None or earlier.measured_us is None:
+                standing[trial.variant] = trial
+    best: dict[str, StoredTrial] = {}
+    for trial in sorted(standing.values(), key=_rank):
+        best.setdefault(str(trial.variant["precision"]), trial)
+    return best
+
+
+def _rank(trial: StoredTrial) -> tuple[bool, float, float, float, int]:
+    return (
+        trial.measured_us is None,
+        inf if trial.us is None else trial.us,
+        inf if trial.error is None else trial.error,
+        inf if trial.registers is None else trial.registers,
+        trial.id,
+    )
