@@ -18,8 +18,10 @@ from typing import Any
 from otgen.errors import CompileError
 from otgen.families import family
 from otgen.gpus import Gpu, gpu, triton_target
+from otgen.isa import Mix
 from otgen.problem import BYTES, Problem, Spec, Variant
 from otgen.resources import template_hash
+from otgen.workload import CompiledLaunch, tile_mix
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32"}
 
@@ -99,6 +101,22 @@ def compile_variant(problem: Problem, variant: Variant, slug: str) -> list[Kerne
                 f"{kernel.name} needs {kernel.shared_bytes} bytes of shared memory; {slug} has {target.shared_per_block}", "resource"
             )
     return kernels
+
+
+def inspect_variant(problem: Problem, variant: Variant, slug: str) -> list[CompiledLaunch]:
+    """`compile_variant`, read: each launch's resources and instructions per tile. A launch that normally idles has no mix."""
+    sweeps = family(problem.family).work(problem, variant).launches
+    return [
+        CompiledLaunch(
+            kernel.name,
+            kernel.num_warps,
+            kernel.registers,
+            kernel.spills,
+            kernel.shared_bytes,
+            tile_mix(problem, variant, gpu(slug), kernel.code) if sweep.tiles else Mix(),
+        )
+        for kernel, sweep in zip(compile_variant(problem, variant, slug), sweeps)
+    ]
 
 
 class _Stub:

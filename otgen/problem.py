@@ -130,6 +130,30 @@ Argument = Spec | float
 """A tensor's spec, or the typical value of a float scalar."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One launch as the model sees it: `programs`, each visiting `tiles` tiles (0: it normally finds nothing to do), `streamed` points."""
+
+    programs: int
+    tiles: float
+    streamed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a variant does per pair besides one score and one exponential, and its launches.
+
+    products       score products over all d coordinates           width      output columns per tile of a second product
+    both_sums      whether columns are summed too, by atomics      own_values whether the second product reuses y's loaded tile
+    """
+
+    launches: tuple[Sweep, ...]
+    products: int = 1
+    width: int = 0
+    both_sums: bool = False
+    own_values: bool = False
+
+
 @dataclass(frozen=True)
 class Family:
     """One kernel family: the same name in templates/, otgen/families/, tests/ and the database.
@@ -141,6 +165,7 @@ class Family:
     arguments  problem → the keyword arguments of the rendered module's ``launch()``, in order
     inputs     (problem, seed) → values of the "in" tensors and scalars, float64 torch tensors on the CPU
     reference  (problem, inputs) → values of the "out" tensors in float64
+    work       (problem, variant) → what its launches do, for the performance model
     budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
     standard   d → the flag combinations that `otgen tune` covers when none is asked for
     """
@@ -154,6 +179,7 @@ class Family:
     arguments: Callable[[Problem], Mapping[str, Argument]]
     inputs: Callable[[Problem, int], dict[str, Any]]
     reference: Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
+    work: Callable[[Problem, Variant], Work]
     budget: Callable[[Problem, Variant, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
     standard: Callable[[int], tuple[Mapping[str, Value], ...]]
 

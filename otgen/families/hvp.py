@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from otgen.families import tiles
-from otgen.problem import Argument, Family, Problem, Spec, Value, Variant
+from otgen.problem import Argument, Family, Problem, Spec, Value, Variant, Work
 
 if TYPE_CHECKING:
     from otgen.gpus import Gpu
@@ -54,6 +54,13 @@ def arguments(problem: Problem) -> dict[str, Argument]:
     direction, out = Spec((n, problem.d)), Spec((n, problem.d), role="out")
     solution = {"a": row, "b": column, "marginal": row, "direction": direction, "w_f": row, "w_g": column, "out": out}
     return {**pair, **solution, "scale": 1.0, "cost": 1.0, "inverse_eps": 1.0}
+
+
+def work(problem: Problem, variant: Variant) -> Work:
+    if problem.flag("product") == "matvec":
+        return Work((tiles.sweep(problem.n, problem.m, variant),))
+    sweep = tiles.sweep(problem.n, problem.m, variant, problem.d)
+    return Work((sweep,), products=2, width=variant.int("BLOCK_W"), own_values=tiles.reuses_columns(problem, variant))
 
 
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
@@ -117,6 +124,7 @@ FAMILY = Family(
     arguments=arguments,
     inputs=inputs,
     reference=reference,
+    work=work,
     budget=budget,
     standard=standard,
 )

@@ -12,10 +12,11 @@ Source: Feydy, *Geometric data analysis, beyond convolutions* (2020), ch. 3; the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from otgen.families import tiles
-from otgen.problem import Argument, Family, Problem, Spec, Value, Variant
+from otgen.problem import Argument, Family, Problem, Spec, Sweep, Value, Variant, Work
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +25,25 @@ if TYPE_CHECKING:
 
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
-    symmetric = problem.flag("schedule") == "symmetric"
-    fusion = ("two_launches", "one_launch", "one_sweep") if symmetric else ("half_step",)
-    return {**tiles.tile_axes(problem), "fusion": fusion}
+    if problem.flag("schedule") == "alternating":
+        return {**tiles.tile_axes(problem), "fusion": ("half_step",)}
+    fusion = ("two_launches", "one_launch", "one_sweep")
+    return {**tiles.tile_axes(problem), "fusion": fusion, "SPLITS": tiles.powers_of_two(1, 16)}
 
 
 def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     if variant["fusion"] == "one_sweep" and variant["stabiliser"] != "shifted":
         return "rows and columns share one exponential only under a common shift"
+    if variant["fusion"] != "one_sweep" and variant.get("SPLITS", 1) != 1:
+        return "only a sweep whose sums are added up by atomics can share its rows among programs"
+    if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > problem.m:
+        return "a program would have no columns"
     return tiles.tile_misfit(problem, variant, gpu)
 
 
 def default(problem: Problem) -> Variant:
-    return Variant(tiles.default_tile(problem), fusion=axes(problem)["fusion"][0])
+    own = ("fusion", "SPLITS") if problem.flag("schedule") == "symmetric" else ("fusion",)
+    return Variant(tiles.default_tile(problem), **{axis: axes(problem)[axis][0] for axis in own})
 
 
 def arguments(problem: Problem) -> dict[str, Argument]:
@@ -49,6 +56,21 @@ def arguments(problem: Problem) -> dict[str, Argument]:
     tensors = {"x": x, "y": y, "u": row, "v": column, "a": row, "b": column, "x_sq": row, "y_sq": column}
     outputs = {"u_out": row_out, "v_out": column_out, "rho": row_out, "gamma": column_out}
     return {**tensors, **outputs, "scale": 1.0, "damping_a": 1.0, "damping_b": 1.0, "step": 0.5}
+
+
+def work(problem: Problem, variant: Variant) -> Work:
+    rows, columns = (tiles.sweep(*sizes, variant) for sizes in ((problem.n, problem.m), (problem.m, problem.n)))
+    programs = rows.programs + columns.programs
+    if variant["fusion"] == "half_step":
+        return Work((rows,))
+    if variant["fusion"] == "two_launches":
+        return Work((rows, columns))
+    if variant["fusion"] == "one_launch":
+        visited = rows.programs * rows.tiles + columns.programs * columns.tiles
+        return Work((Sweep(programs, visited / programs, max(problem.n, problem.m)),))
+    splits = variant.int("SPLITS")
+    sweep = Sweep(rows.programs * splits, ceil(rows.tiles / splits), problem.m)
+    return Work((sweep, Sweep(programs, 0, problem.m)), both_sums=True)
 
 
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
@@ -105,6 +127,7 @@ FAMILY = Family(
     arguments=arguments,
     inputs=inputs,
     reference=reference,
+    work=work,
     budget=budget,
     standard=standard,
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from otgen.precision import MODES, rounded
-from otgen.problem import BYTES, Problem, Spec, Value, Variant
+from otgen.problem import BYTES, Problem, Spec, Sweep, Value, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def default_tile(problem: Problem) -> dict[str, Value]:
     """A tile that compiles on every GPU of the table and is accurate in every regime; nobody claims it is fast."""
     return {
         "BLOCK_M": 64,
-        "BLOCK_N": 64,
+        "BLOCK_N": 32,
         "BLOCK_K": min(32, power_of_two(problem.d)),
         "num_warps": 4,
         "num_stages": 2,
@@ -100,6 +101,17 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     if row_block + max(1, stages - 1) * column_block > gpu.shared_per_block:
         return f"the operands exceed {gpu.shared_per_block} bytes of shared memory"
     return ""
+
+
+def sweep(n: int, m: int, variant: Variant, width: int = 0) -> Sweep:
+    """A launch in which blocks of n rows (times blocks of `width` output columns) each stream all m columns."""
+    blocks = ceil(width / variant.int("BLOCK_W")) if width else 1
+    return Sweep(ceil(n / variant.int("BLOCK_M")) * blocks, ceil(m / variant.int("BLOCK_N")), m)
+
+
+def reuses_columns(problem: Problem, variant: Variant) -> bool:
+    """Whether an output of d columns can take y's tile from the score: one block holds all coordinates and all columns."""
+    return is_resident(problem, variant) and variant["BLOCK_W"] == variant["BLOCK_K"]
 
 
 def points(count: int, problem: Problem) -> Spec:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from otgen.families import tiles
-from otgen.problem import Argument, Family, Problem, Spec, Value, Variant
+from otgen.problem import Argument, Family, Problem, Spec, Value, Variant, Work
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,14 @@ def arguments(problem: Problem) -> dict[str, Argument]:
         return {**plan, "marginal": row, "out": Spec((n, problem.d), role="out"), "scale": 1.0, "cost": 1.0}
     tail = () if problem.flag("output") == "vector" else (width(problem),)
     return {**plan, "values": Spec((m, *tail)), "out": Spec((n, *tail), role="out"), "scale": 1.0}
+
+
+def work(problem: Problem, variant: Variant) -> Work:
+    if problem.flag("output") == "vector":
+        return Work((tiles.sweep(problem.n, problem.m, variant),))
+    own = problem.flag("output") == "gradient" and tiles.reuses_columns(problem, variant)
+    sweep = tiles.sweep(problem.n, problem.m, variant, width(problem))
+    return Work((sweep,), width=variant.int("BLOCK_W"), own_values=own)
 
 
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
@@ -94,6 +102,7 @@ FAMILY = Family(
     arguments=arguments,
     inputs=inputs,
     reference=reference,
+    work=work,
     budget=budget,
     standard=standard,
 )
