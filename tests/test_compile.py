@@ -8,7 +8,7 @@ from otgen.compile import Kernel, compile_key, compile_variant
 from otgen.errors import CompileError
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS, gpu
-from otgen.pool import Outcome, Pool
+from otgen.pool import Outcome, Pool, Role
 from otgen.problem import Problem, Variant
 
 ARCHITECTURES = {entry.arch: slug for slug, entry in reversed(GPUS.items())}
@@ -16,9 +16,9 @@ TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "stabilis
 
 
 def compile_all(tasks: dict[object, tuple[Problem, Variant, str]]) -> dict[object, Outcome]:
-    with Pool(2, limit=120.0, environment={"TRITON_INTERPRET": None}) as pool:
+    with Pool(compile=Role(2, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
         for key, task in tasks.items():
-            pool.submit(key, compile_variant, *task)
+            pool.submit("compile", key, compile_variant, *task)
         return {outcome.key: outcome for outcome in pool.outcomes()}
 
 
@@ -76,7 +76,7 @@ def test_launches_and_grids_are_those_of_launch() -> None:
     assert found == {
         "two_launches": [("half_step", (16,), 4), ("half_step", (8,), 4)],
         "one_launch": [("both_steps", (24,), 4)],
-        "one_sweep": [("sweep", (16,), 4), ("finish", (24,), 4)],
+        "one_sweep": [("sweep", (16, 1), 4), ("finish", (24,), 4)],
     }
 
 

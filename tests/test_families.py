@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import pytest
 
@@ -13,7 +14,7 @@ from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS
 from otgen.problem import Problem, Variant
 from otgen.render import load
-from otgen.verify import failures, interpret, verify
+from otgen.verify import call_arguments, failures, interpret, verify
 
 PROBLEMS = [kind.problem(4096, 4096, d, **flags) for kind in FAMILIES.values() for d in (3, 64, 100) for flags in kind.standard(d)]
 
@@ -85,6 +86,24 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
     text = "\n".join(sorted(reasons))
     for word in ("product uses", "NVIDIA's", "fragment", "score tile", "output tiles", "unrolled", "starves", "shared memory", "at once"):
         assert word in text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_work_of_a_variant_has_the_grid_of_its_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model believes of each launch is what `launch()` does, on uneven shapes."""
+    kind = family(name)
+    for flags in kind.standard(40):
+        problem = kind.problem(150, 70, 40, **flags)
+        for variant in spread(problem, 4):
+            module = load(problem, variant)
+            grids: list[tuple[int, ...]] = []
+            for kernel in [value for value in vars(module).values() if hasattr(value, "__getitem__") and hasattr(value, "arg_names")]:
+                monkeypatch.setattr(
+                    type(kernel), "__getitem__", lambda self, grid: lambda *a, **k: grids.append(grid), raising=True
+                )
+            module.launch(**call_arguments(problem, kind.inputs(problem, 0), "cpu"))
+            monkeypatch.undo()
+            assert [prod(grid) for grid in grids] == [sweep.programs for sweep in kind.work(problem, variant).launches]
 
 
 def test_a_wrong_kernel_is_told_from_a_right_one() -> None:
