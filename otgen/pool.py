@@ -32,8 +32,21 @@ class Outcome:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Role:
+    """A kind of worker: how many there are, the seconds a task may take, and what their environment differs in.
+
+    environment  variables set (or, with None, removed) in each worker before it imports anything
+    """
+
+    workers: int
+    limit: float
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+
+
 @dataclass
 class _Worker:
+    role: str
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     key: Any = None
@@ -66,16 +79,12 @@ def _serve(pipe: Connection, environment: Mapping[str, str | None]) -> None:
 
 
 class Pool:
-    """`workers` spawned processes that run tasks under `limit` seconds each.
+    """Spawned processes that run tasks, each task in a worker of the role it asks for: ``Pool(compile=Role(2, limit=60))``."""
 
-    environment  variables set (or, with None, removed) in each worker before it imports anything
-    """
-
-    def __init__(self, workers: int, limit: float, environment: Mapping[str, str | None] | None = None) -> None:
-        self._limit = limit
-        self._environment = dict(environment or {})
-        self._waiting: deque[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._workers = [self._spawn() for _ in range(workers)]
+    def __init__(self, **roles: Role) -> None:
+        self._roles = roles
+        self._waiting: dict[str, deque[tuple[Any, Callable[..., Any], tuple[Any, ...]]]] = {role: deque() for role in roles}
+        self._workers = [self._spawn(name) for name, role in roles.items() for _ in range(role.workers)]
 
     def __enter__(self) -> Pool:
         return self
@@ -86,11 +95,11 @@ class Pool:
 
     def __len__(self) -> int:
         """Tasks submitted and not yet reported."""
-        return len(self._waiting) + sum(worker.busy for worker in self._workers)
+        return sum(map(len, self._waiting.values())) + sum(worker.busy for worker in self._workers)
 
-    def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
-        """Queues ``function(*arguments)``; its outcome carries `key`. The function must be importable by name."""
-        self._waiting.append((key, function, arguments))
+    def submit(self, role: str, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
+        """Queues ``function(*arguments)`` for `role`; its outcome carries `key`. The function must be importable by name."""
+        self._waiting[role].append((key, function, arguments))
         self._feed()
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -99,21 +108,25 @@ class Pool:
             yield self.next()
 
     def next(self) -> Outcome:
-        """The next outcome; waits for it."""
+        """The next outcome; waits for it. Something must have been submitted."""
         while True:
             self._feed()
             busy = {worker.pipe: worker for worker in self._workers if worker.busy}
-            deadline = min(worker.started for worker in busy.values()) + self._limit
-            for pipe in wait(list(busy), timeout=max(0.0, deadline - time.monotonic())):
+            soonest = min(self._deadline(worker) for worker in busy.values())
+            for pipe in wait(list(busy), timeout=max(0.0, soonest - time.monotonic())):
                 return self._receive(busy[pipe])  # type: ignore[index]
-            for index, worker in enumerate(self._workers):
-                if worker.busy and time.monotonic() - worker.started >= self._limit:
-                    return self._lose(index, "timeout", f"took longer than {self._limit:g} s")
+            for worker in busy.values():
+                if time.monotonic() >= self._deadline(worker):
+                    return self._lose(worker, "timeout", f"took longer than {self._roles[worker.role].limit:g} s")
+
+    def _deadline(self, worker: _Worker) -> float:
+        return worker.started + self._roles[worker.role].limit
 
     def _feed(self) -> None:
         for worker in self._workers:
-            if self._waiting and not worker.busy:
-                key, function, arguments = self._waiting.popleft()
+            waiting = self._waiting[worker.role]
+            if waiting and not worker.busy:
+                key, function, arguments = waiting.popleft()
                 worker.key, worker.busy, worker.started = key, True, time.monotonic()
                 worker.pipe.send((function, arguments))
 
@@ -123,24 +136,23 @@ class Pool:
             fine, value = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join()
-            return self._lose(self._workers.index(worker), "crashed", f"worker ended with code {worker.process.exitcode}")
+            return self._lose(worker, "crashed", f"worker ended with code {worker.process.exitcode}")
         worker.busy = False
         if fine:
             return Outcome(worker.key, "ok", value=value, seconds=seconds)
         return Outcome(worker.key, "error", error=value, message=f"{type(value).__name__}: {value}", seconds=seconds)
 
-    def _lose(self, index: int, status: Literal["timeout", "crashed"], message: str) -> Outcome:
-        worker = self._workers[index]
+    def _lose(self, worker: _Worker, status: Literal["timeout", "crashed"], message: str) -> Outcome:
         self._kill(worker)
-        self._workers[index] = self._spawn()
+        self._workers[self._workers.index(worker)] = self._spawn(worker.role)
         return Outcome(worker.key, status, message=message, seconds=time.monotonic() - worker.started)
 
-    def _spawn(self) -> _Worker:
+    def _spawn(self, role: str) -> _Worker:
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_serve, args=(theirs, self._environment), daemon=True)
+        process = CONTEXT.Process(target=_serve, args=(theirs, dict(self._roles[role].environment)), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(role, process, ours)
 
     @staticmethod
     def _kill(worker: _Worker) -> None:

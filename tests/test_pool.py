@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from otgen.pool import Pool
+from otgen.pool import Pool, Role
 
 
 def square(x: int) -> int:
@@ -34,11 +34,11 @@ def unpicklable() -> object:
 
 def test_every_task_reports_once_whatever_happens() -> None:
     tasks = {"hang": hang, "die": die, "refuse": refuse, "unpicklable": unpicklable}
-    with Pool(2, limit=4.0) as pool:
+    with Pool(task=Role(2, limit=4.0)) as pool:
         for key, task in tasks.items():
-            pool.submit(key, task)
+            pool.submit("task", key, task)
         for x in range(8):
-            pool.submit(x, square, x)
+            pool.submit("task", x, square, x)
         outcomes = {outcome.key: outcome for outcome in pool.outcomes()}
     assert {key: outcomes[key].status for key in tasks} == {"hang": "timeout", "die": "crashed", "refuse": "error", "unpicklable": "error"}
     assert [outcomes[x].value for x in range(8)] == [x * x for x in range(8)]
@@ -47,10 +47,18 @@ def test_every_task_reports_once_whatever_happens() -> None:
     assert outcomes["refuse"].message == "ValueError: no"
 
 
-def test_environment_is_the_workers_own() -> None:
+def test_each_role_has_its_own_environment() -> None:
     os.environ["OTGEN_TEST_HERE"] = "parent"
-    with Pool(1, limit=30.0, environment={"OTGEN_TEST_HERE": None, "OTGEN_TEST_THERE": "child"}) as pool:
-        pool.submit(0, environment, "OTGEN_TEST_HERE")
-        pool.submit(1, environment, "OTGEN_TEST_THERE")
-        assert [outcome.value for outcome in pool.outcomes()] == [None, "child"]
+    child = Role(1, limit=30.0, environment={"OTGEN_TEST_HERE": None, "OTGEN_TEST_THERE": "child"})
+    with Pool(child=child, plain=Role(1, limit=30.0)) as pool:
+        for role in ("child", "plain"):
+            for name in ("OTGEN_TEST_HERE", "OTGEN_TEST_THERE"):
+                pool.submit(role, (role, name), environment, name)
+        found = {outcome.key: outcome.value for outcome in pool.outcomes()}
+    assert found == {
+        ("child", "OTGEN_TEST_HERE"): None,
+        ("child", "OTGEN_TEST_THERE"): "child",
+        ("plain", "OTGEN_TEST_HERE"): "parent",
+        ("plain", "OTGEN_TEST_THERE"): None,
+    }
     assert "OTGEN_TEST_THERE" not in os.environ

@@ -259,9 +259,22 @@ def test_fewer_registers_break_a_tie(path: Path, problem: Problem) -> None:
                 environment=environment,
                 compiled=Compiled(f"key {block}", "source", registers, 0, 0),
                 prediction=Prediction(3.0),
+                accuracy=[Accuracy("out", 0.5, 1.0)],
             )
         (winner,) = store.decide(problem, "a100")
         assert (winner.variant["BLOCK_M"], winner.registers) == (32, 100)
+
+
+def test_a_trial_nobody_checked_cannot_win(path: Path, problem: Problem) -> None:
+    with Store.open(path) as store:
+        put(store, problem, choice=variant(BLOCK_M=16), predicted=2.0)
+        store.record(
+            Trial(problem, "a100", variant(BLOCK_M=32), "ok", HASH),
+            environment=store.environment({"gpu": "a100"}),
+            prediction=Prediction(1.0),
+        )
+        put(store, problem, choice=variant(BLOCK_M=64), predicted=1.0, error=2.0)
+        assert [winner.variant["BLOCK_M"] for winner in store.decide(problem, "a100")] == [16]
 
 
 def test_a_prediction_never_beats_a_measurement(path: Path, problem: Problem) -> None:
@@ -351,7 +364,7 @@ def test_a_snapshot_is_one_file_that_opens_without_a_write(path: Path, tmp_path:
         put(store, problem, status="timeout")
         store.decide(problem, "a100")
         store.snapshot(shipped)
-        store.snapshot(tmp_path / "small.db", winners_only=True)
+        store.snapshot(tmp_path / "small.db", winners_of="a100")
         assert len(store.trials(problem, "a100")) == 3
     assert shipped.read_bytes()[18:20] == b"\x01\x01", (
         "expected a rollback journal: a write-ahead log cannot be read from read-only media"

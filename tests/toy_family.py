@@ -36,6 +36,7 @@ TOY = Family(
     arguments=_unused,
     inputs=_unused,
     reference=_unused,
+    work=_unused,
     budget=_unused,
     standard=lambda d: ({},),
 )

@@ -30,7 +30,7 @@ def compile(
     NVIDIA's kernels have ptx, cubin and sass; AMD's have hsaco and amdgcn.
     """
     from otgen.compile import compile_variant
-    from otgen.pool import Pool
+    from otgen.pool import Pool, Role
     from otgen.render import file_name, source
 
     kinds = [kind.strip() for kind in emit.split(",")]
@@ -41,8 +41,8 @@ def compile(
             raise unknown(f"output of {target.slug}'s compiler", kind, native)
     problem, axes = parse_problem(family, shape, dtype, words)
     variant = parse_variant(problem, axes, target, winner=winner)
-    with Pool(1, limit=300.0, environment={"TRITON_INTERPRET": None}) as pool:
-        pool.submit(None, compile_variant, problem, variant, target.slug)
+    with Pool(compile=Role(1, limit=300.0, environment={"TRITON_INTERPRET": None})) as pool:
+        pool.submit("compile", None, compile_variant, problem, variant, target.slug)
         outcome = pool.next()
     if outcome.status != "ok":
         raise outcome.error if isinstance(outcome.error, CompileError) else CompileError(f"{variant.text}: {outcome.message}")

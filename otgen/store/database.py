@@ -171,10 +171,10 @@ class Store:
         with errors_of(self.path):
             return select(self._connection, self.path, gpu=gpu, family=family)
 
-    def snapshot(self, path: Path | str, *, winners_only: bool = False) -> None:
+    def snapshot(self, path: Path | str, *, winners_of: str | None = None) -> None:
         """Write a compact copy that can be shipped and opened from read-only media; an old file at `path` is replaced at once.
 
-        winners_only  keep the facts behind the winners, leave out every other trial
+        winners_of  a GPU: keep its winners and the facts behind them, leave out everything else
         """
         path = Path(path)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -184,8 +184,9 @@ class Store:
                 self._connection.execute("VACUUM INTO ?", (str(unfinished),))
                 with closing(sqlite3.connect(unfinished, isolation_level=None)) as copy:
                     copy.execute("PRAGMA journal_mode = DELETE")
-                    if winners_only:
+                    if winners_of is not None:
                         with transaction(copy):
+                            copy.execute("DELETE FROM winner WHERE gpu <> ?", (winners_of,))
                             for statement in _KEEP_WINNERS_ONLY:
                                 copy.execute(statement)
                         copy.execute("VACUUM")

@@ -15,13 +15,14 @@ REFUTES = ("wrong_result", "illegal_access", "launch_error")
 def best_of(trials: Iterable[StoredTrial]) -> dict[str, StoredTrial]:
     """Precision mode → the winning trial, from trials given oldest first.
 
-    A measured trial comes before a predicted one; then the shorter time, the smaller error, fewer registers, the earlier trial.
+    Only a trial whose outputs were compared with float64 and found within their budgets can win. A measured one comes before a
+    predicted one; then the shorter time, the smaller error, fewer registers, the earlier trial.
     """
     standing: dict[Variant, StoredTrial] = {}
     for trial in trials:
         if trial.status in REFUTES:
             standing.pop(trial.variant, None)
-        elif trial.status == "ok" and trial.us is not None:
+        elif trial.status == "ok" and trial.us is not None and trial.error is not None and trial.error <= 1:
             earlier = standing.get(trial.variant)
             if earlier is None or trial.measured_us is not None or earlier.measured_us is None:
                 standing[trial.variant] = trial
