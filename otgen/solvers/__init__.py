@@ -1,0 +1,1 @@
+"""Solvers: what an optimal transport user calls. They see the kernels only through `otgen.ops`."""

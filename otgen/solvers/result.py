@@ -1,0 +1,146 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from otgen.errors import InputError
+from otgen.problem import Variant
+from otgen.solvers.inputs import Given
+from otgen.solvers.sinkhorn import Stop
+from otgen.solvers.solution import Solution
+
+PLAN_LIMIT = 1 << 30
+"""Largest dense plan, in bytes, that is handed out."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve ended before the marginal error asked for was reached."""
+
+
+class OTResult:
+    """A solved entropic transport problem between X_a (n, d) and X_b (m, d), with C = |x − y|².
+
+    Potentials follow GeomLoss and FlashSinkhorn, weights outside:  P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg). (OTT's potentials
+    are f + reg·log a, g + reg·log b.) Answers have the kind, device and dtype of X_a. What needs a further sweep is computed when
+    first asked for, and kept. Nothing but `value` is differentiable.
+
+    value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
+                    is 2(r∘x − P y) in x, likewise in y, and f and g in a and b: potentials are defined up to (f + t, g − t),
+                    so only changes of weights that keep the masses equal have a meaning. Once differentiable.
+    marginal_error  Σ|r − a| + Σ|c − b| of the plan's marginals r = P·1, c = Pᵀ·1 (after an alternating solve c = b)
+    n_iters         updates of the pair of potentials;  passes  sweeps over the n × m pairs that they took
+    stop            "tol"; "max_iter"; "precision floor", rounding kept the error from falling any further; or "nan", the sums did
+                    not fit the range of the dtype
+    precision       how coordinates were multiplied: "fp64", "fp32", or a tensor-core mode of `otgen.precision`
+    variant, cache  the kernel's variant and where dispatch had it from (`otgen.dispatch`); None in streamed PyTorch
+    seconds         wall time of the solve
+    """
+
+    def __init__(self, solution: Solution, given: Given, value: torch.Tensor, seconds: float) -> None:
+        outcome = solution.outcome
+        self._solution, self._given = solution, given
+        self.reg = solution.eps
+        self.value: Any = given.answer(value)
+        self._value = value.detach()
+        self.marginal_error: float = outcome.error
+        self.n_iters: int = outcome.n_iters
+        self.passes: int = outcome.passes
+        self.stop: Stop = outcome.stop
+        self.seconds = seconds
+        self.precision: str = "fp64" if solution.clouds.x.dtype == torch.float64 else "fp32"
+        self.variant: Variant | None = None
+        self.cache: str | None = None
+        choice = solution.choice
+        if choice is not None:
+            self.precision = {"ieee": "fp32"}.get(choice.precision, choice.precision)
+            self.variant, self.cache = choice.variant, choice.cache
+
+    @property
+    def converged(self) -> bool:
+        """Whether the marginal error asked for was reached."""
+        return self.stop == "tol"
+
+    @property
+    def status(self) -> str:
+        """How the solve ended, in a clause."""
+        return f"stopped by {self.stop} after {self.n_iters} iterations with a marginal error of {self.marginal_error:.1e}"
+
+    @cached_property
+    def value_linear(self) -> Any:
+        """<P, C>."""
+        return self._given.answer(self._solution.linear_cost())
+
+    @cached_property
+    def potential_a(self) -> Any:
+        """f (n,), in units of the cost."""
+        return self._given.answer(self._solution.f)
+
+    @cached_property
+    def potential_b(self) -> Any:
+        """g (m,), in units of the cost."""
+        return self._given.answer(self._solution.g)
+
+    @property
+    def potentials(self) -> tuple[Any, Any]:
+        """(f, g)."""
+        return self.potential_a, self.potential_b
+
+    @cached_property
+    def marginal_a(self) -> Any:
+        """r = P·1 (n,)."""
+        return self._given.answer(self._solution.outcome.r)
+
+    @cached_property
+    def marginal_b(self) -> Any:
+        """c = Pᵀ·1 (m,)."""
+        return self._given.answer(self._solution.outcome.c)
+
+    @property
+    def marginals(self) -> tuple[Any, Any]:
+        """(P·1, Pᵀ·1)."""
+        return self.marginal_a, self.marginal_b
+
+    @cached_property
+    def a_to_b(self) -> Any:
+        """(n, d): where each point of X_a goes on average, (P y)_i / r_i; points of zero weight go where they would."""
+        return self._given.answer(self._solution.barycentres())
+
+    @cached_property
+    def b_to_a(self) -> Any:
+        """(m, d): where each point of X_b comes from on average, (Pᵀ x)_j / c_j."""
+        return self._given.answer(self._solution.barycentres(transposed=True))
+
+    def apply(self, v: Any, axis: int = 0) -> Any:
+        """Pᵀ·v for axis = 0 (v (n,) or (n, k) → (m,) or (m, k)), P·v for axis = 1 (m → n): the sum is over `axis`, as in OTT.
+
+        Raises InputError when `v` does not fit, or `axis` is not 0 or 1.
+        """
+        if axis not in (0, 1):
+            raise InputError(f"expected axis 0 (sums over X_a) or 1 (over X_b); got {axis!r}; type axis=1 for P·v")
+        clouds = self._solution.clouds
+        size = (clouds.x if axis == 0 else clouds.y).shape[0]
+        shape = (size,) if getattr(v, "ndim", 1) == 1 else (size, None)
+        return self._given.answer(self._solution.apply(self._given.argument("v", v, shape), transposed=axis == 0))
+
+    @cached_property
+    def plan(self) -> Any:
+        """P (n, m), dense. Raises InputError above PLAN_LIMIT bytes."""
+        n, m = self._solution.clouds.x.shape[0], self._solution.clouds.y.shape[0]
+        size = n * m * self._solution.clouds.x.element_size()
+        if size > PLAN_LIMIT:
+            raise InputError(
+                f"expected a plan of at most {PLAN_LIMIT:,} bytes; {n} × {m} entries take {size:,}; "
+                "type result.apply(v, axis=1) for P·v, or result.a_to_b for the map"
+            )
+        return self._given.answer(self._solution.plan())
+
+    def __repr__(self) -> str:
+        (n, d), m = self._solution.clouds.x.shape, self._solution.clouds.y.shape[0]
+        return (
+            f"OTResult(value={float(self._value):.6g}, {n}×{m} points in {d}-D, reg={self.reg:g}, {self.precision}, "
+            f"{self.status}, {self.seconds:.3g} s)"
+        )
