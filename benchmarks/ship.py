@@ -1,4 +1,6 @@
-"""Tunes the standard set for GPUs of the table and writes tuning_db/<slug>.db: `python benchmarks/ship.py [--max-trials N] [SLUG ...]`.
+"""Tunes the standard set for GPUs of the table and writes tuning_db/<slug>.db.
+
+Usage: python benchmarks/ship.py [--max-trials N] [SLUG ...]; all GPUs by default.
 
 All GPUs share one working database, so GPUs of one architecture, and sizes of one problem, share their compilations. Without the
 GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on.

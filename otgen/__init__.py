@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from otgen.dispatch import pin
     from otgen.solvers.result import OTResult
     from otgen.solvers.sample import solve_sample
 
-__all__ = ["OTResult", "__version__", "solve_sample"]
+__all__ = ["OTResult", "__version__", "pin", "solve_sample"]
 
-_HOME = {"solve_sample": "otgen.solvers.sample", "OTResult": "otgen.solvers.result"}
+_HOME = {"solve_sample": "otgen.solvers.sample", "OTResult": "otgen.solvers.result", "pin": "otgen.dispatch"}
 
 
 def __getattr__(name: str) -> Any:

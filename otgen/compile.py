@@ -59,6 +59,7 @@ def compile_key(problem: Problem, variant: Variant, target: Gpu) -> str:
 
     Sizes enter only by what Triton specialises on: d, and whether n, m and the output's width are one or divisible by 16.
     """
+    shared = {axis: min(variant.int(axis), 2) for axis in family(problem.family).grid_axes if axis in variant}
     kinds = ["one" if size == 1 else "16" if size % 16 == 0 else "any" for size in (problem.n, problem.m)]
     parts = [
         problem.family,
@@ -67,7 +68,7 @@ def compile_key(problem: Problem, variant: Variant, target: Gpu) -> str:
         f"d={problem.d}",
         problem.dtype,
         *kinds,
-        variant.json,
+        variant.with_(**shared).json,
         str(target.arch),
         _toolchain(),
     ]
@@ -98,7 +99,8 @@ def compile_variant(problem: Problem, variant: Variant, slug: str) -> list[Kerne
     for kernel in kernels:
         if kernel.shared_bytes > target.shared_per_block:
             raise CompileError(
-                f"{kernel.name} needs {kernel.shared_bytes} bytes of shared memory; {slug} has {target.shared_per_block}", "resource"
+                f"{kernel.name} needs {kernel.shared_bytes} bytes of shared memory; {slug} has {target.shared_per_block}",
+                "resource",
             )
     return kernels
 

@@ -7,6 +7,7 @@
     ported      measured on another GPU of the same architecture
     predicted   ranked by the model, for this shape or the nearest; never timed
     default     nothing that was tuned fits: the family's default variant
+    pinned      `pin` was called for these flags
 
 This is also the order of preference, save that a prediction comes before a measured row further away than `otgen.ranking.REACH`.
 Every answer but an exact one is said once, with the command that cures it.
@@ -15,7 +16,7 @@ Every answer but an exact one is said once, with the command that cures it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,18 @@ class Dispatcher:
         self._sources: dict[tuple[str, int | str], list[Source]] = {}
         self._detected: dict[str, gpus.Gpu] = {}
         self._said: set[str] = set()
+        self._pins: dict[tuple[str, Flags], Variant] = {}
+
+    def pin(self, family: str, *, variant: Mapping[str, Value], **flags: Value) -> None:
+        """Take `variant` for every problem of `family` with these flags, whatever the databases hold; `otgen tune` prints the line.
+
+        A problem it does not fit raises NoValidVariant when it is asked for. Raises UsageError for an unknown family, flag or axis.
+        """
+        kind = families.family(family)
+        problem = kind.problem(1, 1, 1, **flags)
+        largest = kind.problem(1, 1, 1 << 20, **flags)
+        self._pins[family, problem.flags] = kind.check(largest, variant)
+        self.forget()
 
     def forget(self) -> None:
         """Read the databases again at the next question."""
@@ -118,6 +131,9 @@ class Dispatcher:
     def explain(self, problem: Problem, gpu: str, modes: tuple[str, ...]) -> Explanation:
         """What `choose` answers for `problem`, and why. Raises as `choose` does."""
         entry, target = self._gpu(gpu), centre(problem)
+        pinned = self._pins.get((problem.family, problem.flags))
+        if pinned is not None:
+            return Explanation((), (), _pinned(pinned, target, entry))
         sources = self._load(families.family(problem.family).name, entry)
         winners = overlay((source.winners for source in sources), stale)
         considered = []
@@ -155,7 +171,7 @@ class Dispatcher:
             for complaint in source.complaints:
                 self._say(complaint)
         choice = explanation.choice
-        if choice.cache != "exact":
+        if choice.cache not in ("exact", "pinned"):
             refusals = [c.refused for c in explanation.considered if c.refused and c.winner.precision in modes]
             refused = f" (a better row was refused, {refusals[0]})" if refusals else ""
             self._say(f"{problem} on {gpu}: {reason(choice)}{refused}; run `{cure(problem, gpu)}`")
@@ -219,8 +235,21 @@ def _default(target: Problem, gpu: gpus.Gpu, modes: tuple[str, ...]) -> Choice:
     )
 
 
+def _pinned(variant: Variant, target: Problem, gpu: gpus.Gpu) -> Choice:
+    family = families.family(target.family)
+    try:
+        misfit = family.fits(target, family.check(target, variant), gpu)
+    except UsageError as error:
+        misfit = str(error)
+    if misfit:
+        raise NoValidVariant(f"expected the pinned variant to fit {target} on {gpu.slug}; it does not: {misfit}; pin another one")
+    return Choice(variant, "pinned")
+
+
 def reason(choice: Choice) -> str:
     """What a choice rests on, in a clause."""
+    if choice.cache == "pinned":
+        return "otgen.pin was called for it"
     if choice.source is None:
         return "nothing tuned for its architecture fits, the default variant is used"
     row = f"{choice.source.problem.shape} on {choice.source.gpu}"
@@ -241,3 +270,4 @@ kernel = _DISPATCHER.kernel
 explain = _DISPATCHER.explain
 current_gpu = _DISPATCHER.current_gpu
 forget = _DISPATCHER.forget
+pin = _DISPATCHER.pin

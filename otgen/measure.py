@@ -1,25 +1,45 @@
 """Fair timing of a rendered kernel on a real GPU: warm, cold L2, interleaved with the family's default, medians.
 
-Every repetition first overwrites a buffer larger than L2, outside the timed interval, then times one `launch()` between two events.
-Candidate and default take turns, so that a drift of the clocks moves both. Clocks are recorded, never set.
+Every repetition first overwrites a buffer far larger than L2, outside the timed interval, then times one `launch()` between two
+events. The overwriting also keeps the GPU busy while the host queues the launch, so that a slow host is not timed. Candidate and
+default take turns, so that a drift of the clocks moves both. Clocks are recorded, never set.
+
+Points come in turn from a small test input, without the one that makes a shifted sweep redo its block: what is timed is the usual
+case. The dense float64 reference of the real size is never formed; outputs are compared with it at a sample of points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from otgen.families import family
-from otgen.problem import Problem, Variant
+from otgen.problem import Problem, Spec, Variant
 from otgen.render import load
 from otgen.verify import Accuracy, call_arguments, small, verify
 
+if TYPE_CHECKING:
+    import torch
+
 PROTOCOL = "events, cold L2, interleaved with the default"
-WARM_UP = 3
+WARM_UP = 2
 BUDGET_MS = 60.0
-FEWEST, MOST = 10, 100
+FEWEST, MOST = 5, 100
 """Repetitions per candidate: as many as fit the budget, between these."""
+
+FLUSH_BYTES = 1 << 30
+"""Overwritten before each repetition: several times any L2, and a tenth of a millisecond's cover at 8 TB/s."""
+
+ROWS, COLUMNS = 1021, 1024
+"""Points of the small input that a problem's points are taken from. They differ: a tensor's length tells its side."""
+
+SAMPLE = 64
+"""Points of each side at which outputs of the real size are compared with float64."""
+
+CONTEXT_LOST = 70
+"""How a worker ends whose CUDA context no longer works: every later task of it would fail, whatever its kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +65,87 @@ def quantile(samples: Sequence[float], q: float) -> float:
 def measure(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing | None]:
     """Accuracy of `variant` on the awkward small and on the real problem, and its timing if both are inside their budgets.
 
-    Runs on the current CUDA device, in a worker process that may be lost to an illegal access.
+    Runs on the current CUDA device, in a worker process that may be lost to an illegal access: it ends itself then.
     """
+    try:
+        return _measure(problem, variant)
+    except Exception:
+        _leave_if_lost()
+        raise
+
+
+def _measure(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing | None]:
     launch = load(problem, variant).launch
-    checks = verify(small(problem, variant), variant, launch, "cuda") + verify(problem, variant, launch, "cuda")
+    checks = verify(small(problem, variant), variant, launch, "cuda")
+    points = Points.of(problem)
+    arguments = call_arguments(problem, points.given(), "cuda")
+    launch(**arguments)
+    checks += points.compare(variant, arguments)
     if not all(check.ok for check in checks):
         return checks, None
     default = load(problem, family(problem.family).default(problem)).launch
-    arguments = call_arguments(problem, family(problem.family).inputs(problem, 0), "cuda")
     samples, defaults = interleave([lambda: launch(**arguments), lambda: default(**arguments)], cuda_timer())
     return checks, Timing(tuple(samples), tuple(defaults), *_state())
 
 
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Input of any size at the price of a small one: index vectors (n,), (m,) into the points of a ROWS × COLUMNS test input.
+
+    The first row is left out: where a family's test input makes a shifted sweep redo a block, it does so there.
+    """
+
+    problem: Problem
+    base: Mapping[str, Any]
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, seed: int = 0) -> Points:
+        import torch
+
+        base = family(problem.family).inputs(replace(problem, n=ROWS, m=COLUMNS), seed)
+        rows, columns = 1 + torch.arange(problem.n) % (ROWS - 1), torch.arange(problem.m) % COLUMNS
+        return cls(problem, base, rows, columns)
+
+    def given(self) -> dict[str, Any]:
+        """What `Family.inputs` returns, at the problem's sizes."""
+        side = {ROWS: self.rows, COLUMNS: self.columns}
+        return {name: value[side[len(value)]] if hasattr(value, "shape") else value for name, value in self.base.items()}
+
+    def compare(self, variant: Variant, call: Mapping[str, Any]) -> list[Accuracy]:
+        """The outputs in `call` of a launch on `given()` against float64, at evenly spread points of the side they belong to.
+
+        A row's output depends on no other row, and a column's on no other column. An element that is not finite, be it in the
+        sample or not, is an infinite error: outputs are NaN before the launch.
+        """
+        import torch
+
+        kind = family(self.problem.family)
+        probe = kind.arguments(replace(self.problem, n=ROWS, m=COLUMNS)).items()
+        sides = {name: spec.shape[0] for name, spec in probe if isinstance(spec, Spec) and spec.role == "out"}
+        results = []
+        for side in dict.fromkeys(sides.values()):
+            index = self.rows if side == ROWS else self.columns
+            chosen = torch.linspace(0, len(index) - 1, min(SAMPLE, len(index))).round().long()
+            part = replace(self, rows=index[chosen]) if side == ROWS else replace(self, columns=index[chosen])
+            problem, given = replace(self.problem, n=len(part.rows), m=len(part.columns)), part.given()
+            expected = {name: value for name, value in kind.reference(problem, given).items() if sides[name] == side}
+            allowed = kind.budget(problem, variant, given, expected)
+            for name, value in expected.items():
+                error = float((call[name][chosen.to(call[name].device)].cpu().double() - value).abs().max())
+                results.append(Accuracy(name, error if bool(call[name].isfinite().all()) else torch.inf, allowed[name]))
+        return results
+
+
 def interleave(calls: Sequence[Callable[[], Any]], time_us: Callable[[Callable[[], Any]], float]) -> list[list[float]]:
-    """Samples of each call, taken in turn; the number of rounds fits the slowest call's own time into the budget."""
-    slowest = max(max(time_us(call) for _ in range(WARM_UP)) for call in calls)
+    """Samples of each call, taken in turn; the number of rounds fits the slowest call's own time into the budget.
+
+    A call's first run, which may compile, is not looked at.
+    """
+    for call in calls:
+        time_us(call)
+    slowest = max(min(time_us(call) for _ in range(WARM_UP)) for call in calls)
     rounds = int(min(MOST, max(FEWEST, BUDGET_MS * 1000 / max(slowest, 1.0))))
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
@@ -73,11 +159,10 @@ def cuda_timer() -> Callable[[Callable[[], Any]], float]:
     """A function that runs a call with a cold L2 on the current CUDA device and returns microseconds between two events."""
     import torch
 
-    l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def time_us(call: Callable[[], Any]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()
         start.record()
         call()
@@ -88,6 +173,18 @@ def cuda_timer() -> Callable[[Callable[[], Any]], float]:
     return time_us
 
 
+def _leave_if_lost() -> None:
+    """End this process if CUDA does not work in it any more; an error of a launch that was refused leaves it in order."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(CONTEXT_LOST)
+
+
 def _state() -> tuple[float | None, float | None, float | None]:
     """SM clock (MHz), temperature (°C) and power (W) of the current device as NVML reports them; None where it does not."""
     import torch
@@ -96,6 +193,6 @@ def _state() -> tuple[float | None, float | None, float | None]:
     for read, unit in ((torch.cuda.clock_rate, 1.0), (torch.cuda.temperature, 1.0), (torch.cuda.power_draw, 1e-3)):
         try:
             readings.append(float(read()) * unit)
-        except (RuntimeError, ModuleNotFoundError):
+        except Exception:  # NVML's errors share no base but Exception, and no sensor is worth a lost timing
             readings.append(None)
     return readings[0], readings[1], readings[2]

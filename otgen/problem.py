@@ -132,7 +132,7 @@ Argument = Spec | float
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One launch as the model sees it: `programs`, each visiting `tiles` tiles (0: it normally finds nothing to do), `streamed` points."""
+    """One launch as the model sees it: `programs`, each visiting `tiles` tiles of `streamed` points (none: it normally idles)."""
 
     programs: int
     tiles: float
@@ -167,6 +167,7 @@ class Family:
     reference  (problem, inputs) → values of the "out" tensors in float64
     work       (problem, variant) → what its launches do, for the performance model
     budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
+    grid_axes  axes that change how many programs there are and not what they do: all values above one compile alike
     standard   d → the flag combinations that `otgen tune` covers when none is asked for
     """
 
@@ -182,8 +183,9 @@ class Family:
     work: Callable[[Problem, Variant], Work]
     budget: Callable[[Problem, Variant, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
     standard: Callable[[int], tuple[Mapping[str, Value], ...]]
+    grid_axes: tuple[str, ...] = ()
 
-    def problem(self, n: int, m: int, d: int, dtype: str = "fp32", **flags: Value) -> Problem:
+    def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:
         """A problem of this family with every flag checked; a flag left out takes its first value.
 
         Raises UsageError for an unknown flag or value.

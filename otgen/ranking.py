@@ -16,7 +16,7 @@ from otgen.store import Winner
 if TYPE_CHECKING:
     from otgen.gpus import Gpu
 
-Cache = Literal["exact", "nearest", "ported", "predicted", "default"]
+Cache = Literal["exact", "nearest", "ported", "predicted", "default", "pinned"]
 
 REACH = 4.0
 """How far a measured row is believed before a prediction for a nearer shape: one cell of the standard set (n and m 4 times apart,

@@ -1,6 +1,6 @@
 """A tuning run: for each problem and precision mode ask a study, compile, predict or measure, verify, record, decide.
 
-Every trial is stored the moment it is known, so an interrupted run loses what was in flight and the same command goes on from there.
+Every trial is stored the moment it is known: an interrupted run loses what was in flight, and the same command goes on from there.
 Without the target GPU a variant's time is predicted from its machine code, and each one that would lead is first checked against
 float64 in the interpreter. With the GPU, every variant is checked and timed on it.
 """
@@ -22,7 +22,7 @@ from otgen import __version__
 from otgen.compile import compile_key, inspect_variant
 from otgen.errors import CompileError, UsageError
 from otgen.families import family
-from otgen.gpus import Gpu
+from otgen.gpus import GPUS, Gpu
 from otgen.measure import PROTOCOL, Timing, measure, quantile
 from otgen.model import Prediction, predict
 from otgen.pool import Outcome, Pool, Role
@@ -35,7 +35,7 @@ from otgen.store import Prediction as StoredPrediction
 from otgen.verify import failures, interpret
 from otgen.workload import CompiledLaunch, estimate, launch_costs
 
-STANDARD_SIZES = (1024, 4096, 16384, 65536)
+STANDARD_SIZES = (4096, 1024, 16384, 65536)
 STANDARD_DIMENSIONS = (3, 16, 64, 128, 512)
 
 
@@ -188,20 +188,39 @@ class _Run:
         legal = legal_variants(problem, gpu)
         self._modes = list(dict.fromkeys(str(variant["precision"]) for variant in legal))
         self._left = {mode: -(-settings.max_trials // len(self._modes)) for mode in self._modes}
-        self._studies = {mode: self._study([v for v in legal if v["precision"] == mode], mode) for mode in self._modes}
+        kin = [entry.slug for entry in GPUS.values() if entry.arch == gpu.arch] or [gpu.slug]
+        relatives = [self._regridded(variant) for variant in store.relatives(problem, kin)]
+        self._studies = {mode: self._study(legal, relatives, mode) for mode in self._modes}
         for past in store.trials(problem, gpu.slug):
             self._learn(past)
 
-    def _study(self, legal: list[Variant], mode: str) -> Study:
-        """A study that starts from the model's favourites, no two of which differ in num_stages alone, and the default."""
+    def _study(self, legal: list[Variant], relatives: list[Variant], mode: str) -> Study:
+        """A study that starts from what did well at other sizes (and is compiled already), the model's favourites, the default.
+
+        No two favourites differ in num_stages alone.
+        """
+        legal = [variant for variant in legal if variant["precision"] == mode]
+        known = [variant for variant in dict.fromkeys(relatives) if variant["precision"] == mode]
         count = max(min(2, self._left[mode]), self._left[mode] * 2 // 3)
         favourites: dict[Variant, Variant] = {}
-        for variant in sorted(legal, key=lambda variant: estimate(self._problem, variant, self._gpu)):
+        for variant in sorted(legal, key=self._estimate):
             favourites.setdefault(variant.with_(num_stages=0), variant)
             if len(favourites) == count:
                 break
         default = family(self._problem.family).default(self._problem).with_(precision=mode)
-        return Study(legal, [*favourites.values(), default], self._settings.sampler, self._settings.seed)
+        first = [*known[:count], *favourites.values(), default]
+        return Study(legal, first, self._settings.sampler, self._settings.seed)
+
+    def _estimate(self, variant: Variant) -> float:
+        return estimate(self._problem, variant, self._gpu)
+
+    def _regridded(self, variant: Variant) -> Variant:
+        """The variant with the number of programs that suits this problem's sizes: that costs no compilation."""
+        kind = family(self._problem.family)
+        axes = {axis: values for axis, values in kind.axes(self._problem).items() if axis in kind.grid_axes and axis in variant}
+        choices = [variant.with_(**dict(zip(axes, values))) for values in product(*axes.values())]
+        legal = [choice for choice in choices if not kind.fits(self._problem, choice, self._gpu)]
+        return min(legal or choices, key=self._estimate)
 
     def _learn(self, past: StoredTrial) -> None:
         mode = str(past.variant["precision"])
@@ -311,7 +330,14 @@ class _Run:
             del self._best[trial.mode]
         prediction = trial.prediction
         stored = Trial(
-            self._problem, self._gpu.slug, trial.variant, status, template_hash(self._problem.family), message, self._settings.seed, **trial.times_ms
+            self._problem,
+            self._gpu.slug,
+            trial.variant,
+            status,
+            template_hash(self._problem.family),
+            message,
+            self._settings.seed,
+            **trial.times_ms,
         )
         self._store.record(
             stored,

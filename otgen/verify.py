@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def interpret(problem: Problem, variant: Variant, seed: int = 0) -> list[Accurac
     return verify(small(problem, variant), variant.with_(precision="ieee"), load(problem, variant).launch, "cpu", seed)
 
 
-def failures(results: list[Accuracy]) -> Iterator[str]:
+def failures(results: Iterable[Accuracy]) -> Iterator[str]:
     """One sentence per output outside its budget."""
     for result in results:
         if not result.ok:

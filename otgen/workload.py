@@ -22,7 +22,7 @@ from otgen.problem import BYTES, Problem, Sweep, Variant, Work
 
 @dataclass(frozen=True, slots=True)
 class CompiledLaunch:
-    """What is known of a compiled launch whatever n and m are: registers per thread, bytes per program, instructions of one tile."""
+    """A compiled launch, whatever n and m are: registers per thread, bytes per program, instructions of one tile."""
 
     name: str
     num_warps: int

@@ -71,13 +71,27 @@ def test_launches_and_grids_are_those_of_launch() -> None:
     problem = family("sinkhorn").problem(1000, 500, 64, schedule="symmetric")
     tasks = {f: (problem, tuned(problem, "tf32", fusion=f), "a100") for f in ("two_launches", "one_launch", "one_sweep")}
     found = {
-        key: [(kernel.name, kernel.grid, kernel.num_warps) for kernel in outcome.value] for key, outcome in compile_all(tasks).items()
+        key: [(kernel.name, kernel.grid, kernel.num_warps) for kernel in outcome.value]
+        for key, outcome in compile_all(tasks).items()
     }
     assert found == {
         "two_launches": [("half_step", (16,), 4), ("half_step", (8,), 4)],
         "one_launch": [("both_steps", (24,), 4)],
         "one_sweep": [("sweep", (16, 1), 4), ("finish", (24,), 4)],
     }
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 100, 3), (100, 1, 17)], ids=str)
+def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
+    """Triton turns an integer argument of 1 into a constant; the interpreter does not, so only the compiler can object."""
+    tasks = {}
+    for kind in FAMILIES.values():
+        for flags in kind.standard(shape[2]):
+            problem = kind.problem(*shape, **flags)
+            for fusion in kind.axes(problem).get("fusion", ("",)):
+                variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))
+                tasks[problem.flag_text, fusion] = problem, variant, "a100"
+    assert {key: o.message for key, o in compile_all(tasks).items() if o.status != "ok"} == {}
 
 
 def test_too_much_shared_memory_is_its_own_class() -> None:

@@ -65,7 +65,9 @@ def interpreted(given: dict[str, torch.Tensor], **axes: int | str) -> torch.Tens
     kind = family("hvp")
     variant = kind.default(ASSEMBLY).with_(BLOCK_M=32, BLOCK_N=16, **axes)
     arguments = kind.arguments(ASSEMBLY)
-    call = {name: given[name] if isinstance(spec, float) else given[name].float() for name, spec in arguments.items() if name != "out"}
+    call = {
+        name: given[name] if isinstance(spec, float) else given[name].float() for name, spec in arguments.items() if name != "out"
+    }
     out = torch.full((ASSEMBLY.n, ASSEMBLY.d), torch.nan)
     load(ASSEMBLY, variant).launch(**call, out=out)
     return out.double()

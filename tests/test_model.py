@@ -174,7 +174,15 @@ def test_terms_are_json_and_name_the_bound() -> None:
 
 SINKHORN, TRANSPORT = family("sinkhorn"), family("transport")
 TILE = Variant(
-    BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2, precision="tf32", stabiliser="shifted", fusion="one_sweep", SPLITS=1
+    BLOCK_M=128,
+    BLOCK_N=64,
+    BLOCK_K=64,
+    num_warps=4,
+    num_stages=2,
+    precision="tf32",
+    stabiliser="shifted",
+    fusion="one_sweep",
+    SPLITS=1,
 )
 
 

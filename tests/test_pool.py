@@ -40,7 +40,12 @@ def test_every_task_reports_once_whatever_happens() -> None:
         for x in range(8):
             pool.submit("task", x, square, x)
         outcomes = {outcome.key: outcome for outcome in pool.outcomes()}
-    assert {key: outcomes[key].status for key in tasks} == {"hang": "timeout", "die": "crashed", "refuse": "error", "unpicklable": "error"}
+    assert {key: outcomes[key].status for key in tasks} == {
+        "hang": "timeout",
+        "die": "crashed",
+        "refuse": "error",
+        "unpicklable": "error",
+    }
     assert [outcomes[x].value for x in range(8)] == [x * x for x in range(8)]
     assert outcomes["hang"].message == "took longer than 4 s"
     assert outcomes["die"].message == "worker ended with code 7"

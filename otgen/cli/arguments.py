@@ -51,5 +51,7 @@ def parse_variant(problem: Problem, axes: dict[str, Value], gpu: Gpu, *, winner:
     variant = kind.check(problem, base.with_(**axes))
     misfit = kind.fits(problem, variant, gpu)
     if misfit:
-        raise NoValidVariant(f"expected a variant that is legal on {gpu.slug}; got {variant.text}: {misfit}; change one of its axes")
+        raise NoValidVariant(
+            f"expected a variant that is legal on {gpu.slug}; got {variant.text}: {misfit}; change one of its axes"
+        )
     return variant

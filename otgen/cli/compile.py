@@ -22,9 +22,7 @@ EMITS = ("source", "ptx", "cubin", "sass", "hsaco", "amdgcn")
 @click.option("--winner", is_flag=True, help="Compile the stored winner; axes given besides change it.")
 @click.option("--emit", default="source", show_default=True, metavar="KIND,...", help=f"What to write: {', '.join(EMITS)}.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory to write to.")
-def compile(
-    words: tuple[str, ...], slug: str, family: str, shape: str, dtype: str, winner: bool, emit: str, out: Path
-) -> None:
+def compile(words: tuple[str, ...], slug: str, family: str, shape: str, dtype: str, winner: bool, emit: str, out: Path) -> None:
     """Compile one variant for a GPU that need not be here, print its resources, and write what --emit names.
 
     NVIDIA's kernels have ptx, cubin and sass; AMD's have hsaco and amdgcn.

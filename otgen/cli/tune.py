@@ -26,9 +26,11 @@ TOP = 10
 @click.option("--family", "families", multiple=True, metavar="NAME", help="A family to tune; all of them by default.")
 @click.option("--shape", "shapes", multiple=True, metavar="NxMxD", help="A shape to tune; the standard set by default.")
 @click.option("--dtype", default="fp32", show_default=True, metavar="TYPE,...", help="Storage types of the coordinates.")
-@click.option("--max-trials", default=36, show_default=True, type=click.IntRange(1), help="Variants per problem, earlier runs' counted in.")
+@click.option(
+    "--max-trials", default=36, show_default=True, type=click.IntRange(1), help="Variants per problem, earlier ones counted in."
+)
 @click.option("--budget", metavar="TIME", help="Stop starting trials after this long: 90s, 10m, 2h.")
-@click.option("--sampler", default="tpe", show_default=True, help="What proposes variants after the model's favourites: tpe, random.")
+@click.option("--sampler", default="tpe", show_default=True, help="What proposes after the model's favourites: tpe, random.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampler.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Compilers at a time; one per core by default.")
 @click.option("--db", "path", type=click.Path(path_type=Path, dir_okay=False), help="The database to write; yours by default.")
@@ -63,7 +65,8 @@ def tune(
 
     from otgen.search import SAMPLERS
     from otgen.store import Store, default_path
-    from otgen.tuner import Settings, standard_problems, tune as run
+    from otgen.tuner import Settings, standard_problems
+    from otgen.tuner import tune as run
 
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
@@ -79,8 +82,7 @@ def tune(
     with Store.open(path) as store:
         try:
             with _Bar(settings) as bar:
-                for summary in run(problems, target, store, settings, bar.show):
-                    summaries.append(summary)
+                summaries.extend(run(problems, target, store, settings, bar.show))
         except KeyboardInterrupt:
             say(f"Interrupted; every finished trial is stored in {path}. To go on: {shlex.join(['otgen', *sys.argv[1:]])}")
             raise
@@ -91,7 +93,7 @@ def tune(
         click.echo(json.dumps([winner.to_json() for summary in summaries for winner in summary.winners], indent=1))
     say(evidence)
     if not any(summary.winners for summary in summaries):
-        raise NoValidVariant(f"expected at least one variant that compiles and agrees with float64; found none; see the trials in {path}")
+        raise NoValidVariant(f"expected a variant that compiles and agrees with float64; found none; the trials in {path} say why")
 
 
 class _Voice:
@@ -112,7 +114,7 @@ def _seconds(text: str) -> float:
 
 
 def _is_here(target: Gpu) -> bool:
-    """Whether the GPU in this machine is the one asked for. torch, which takes seconds to import, is asked only if a driver is here."""
+    """Whether the GPU in this machine is the one asked for; torch, slow to import, is asked only where a driver is."""
     from ctypes.util import find_library
 
     if not (find_library("cuda") or find_library("amdhip64")):
@@ -144,7 +146,7 @@ def _report(say: _Voice, summaries: list[Summary], problems: list[Any], path: Pa
     for status, message in _examples(summaries).items():
         say(f"  {status}, for example: {message}")
     if len(summaries) < len(problems):
-        say(f"The budget ended before {len(problems) - len(summaries)} of {len(problems)} problems; the same command goes on with them.")
+        say(f"The budget ended before {len(problems) - len(summaries)} of {len(problems)} problems; run again to go on.")
     say(f"{sum(len(summary.winners) for summary in summaries)} winners stored in {path}; otgen show --db {path} lists them.")
 
 

@@ -9,7 +9,7 @@
     (H A)_i = 2s·r_i A_i + (2s/eps)·(x_i Σ_j Q_ij − Σ_j Q_ij y_j)
     Q_ij = P_ij (w_f_i + w_g_j − dC_ij),   dC_ij = 2s (<x_i, A_i> − <y_j, A_i>)
 
-Scaled potentials and P as in `otgen.families.sinkhorn`. Source: implicit differentiation of the marginal equations; docs/mathematics.md.
+Scaled potentials and P as in `otgen.families.sinkhorn`. Source: docs/mathematics.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ plan P_ij = a_i b_j 2^S_ij. An update is damped for a relaxed marginal and avera
 
     u ← (1 − step)·u + step·(damping·u* − (1 − damping)·scale/2·|x|²)
 
-Schedules: *alternating* updates one side (Gauss–Seidel; OTT-JAX, POT), *symmetric* both from the old pair (averaged Jacobi; GeomLoss).
+Schedules: *alternating* updates one side (Gauss–Seidel; OTT-JAX, POT), *symmetric* both from the old pair (Jacobi; GeomLoss).
 Source: Feydy, *Geometric data analysis, beyond convolutions* (2020), ch. 3; the biased-dot-product form: arXiv 2602.03067.
 """
 
@@ -130,4 +130,5 @@ FAMILY = Family(
     work=work,
     budget=budget,
     standard=standard,
+    grid_axes=("SPLITS",),
 )

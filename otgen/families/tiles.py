@@ -148,7 +148,11 @@ def clouds(problem: Problem, seed: int) -> dict[str, Any]:
     x_sq, y_sq = (x * x).sum(1), (y * y).sum(1)
     u = (0.2 * kappa * normal(n) - 0.5 * scale * x_sq).float().double()
     v = -0.5 * scale * y_sq
-    v = (v - torch.logsumexp((u[:, None] + v + scale * x @ y.T) * LN2 + a.log()[:, None], 0) / LN2 + 0.2 * normal(m)).float().double()
+    v = (
+        (v - torch.logsumexp((u[:, None] + v + scale * x @ y.T) * LN2 + a.log()[:, None], 0) / LN2 + 0.2 * normal(m))
+        .float()
+        .double()
+    )
     return {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "scale": scale, "kappa": kappa, "cost": cost, "eps": eps}
 
 
@@ -171,7 +175,11 @@ def score_budget(variant: Variant, inputs: Mapping[str, Any]) -> float:
     mode = str(variant["precision"])
     exact = scores(inputs)
     emulated = scores({**inputs, "x": rounded(inputs["x"], mode), "y": rounded(inputs["y"], mode)})
-    size = inputs["u"].abs().max() + inputs["v"][inputs["b"] > 0].abs().max() + inputs["scale"] * (inputs["x"] @ inputs["y"].T).abs().max()
+    size = (
+        inputs["u"].abs().max()
+        + inputs["v"][inputs["b"] > 0].abs().max()
+        + inputs["scale"] * (inputs["x"] @ inputs["y"].T).abs().max()
+    )
     return float(2.0 * (emulated - exact).abs().max() + FP32_SLACK * size)
 
 

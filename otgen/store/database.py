@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,14 @@ FROM trial t LEFT JOIN compile c ON c.id = t.compile
      LEFT JOIN prediction p ON p.trial = t.id LEFT JOIN measurement e ON e.trial = t.id
 WHERE {_KEY} AND template_hash = :template_hash
 ORDER BY t.id
+"""
+
+_RELATIVES = """
+SELECT t.variant
+FROM trial t LEFT JOIN prediction p ON p.trial = t.id LEFT JOIN measurement e ON e.trial = t.id
+WHERE family = :family AND d = :d AND dtype = :dtype AND flags = :flags AND gpu IN ({gpus}) AND status = 'ok'
+      AND template_hash = :template_hash AND coalesce(e.median_us, p.us) IS NOT NULL
+ORDER BY coalesce(e.median_us, p.us) / (1.0 * n * m)
 """
 
 _KEEP_WINNERS_ONLY = (
@@ -139,6 +147,15 @@ class Store:
         """The trials of a problem for a GPU on the family's present template, oldest first: what a study is rebuilt from."""
         rows = self._query(_TRIALS, _key(problem, gpu) | {"template_hash": template_hash(problem.family)})
         return [StoredTrial(row[0], Variant(json.loads(row[1])), *row[2:]) for row in rows]
+
+    def relatives(self, problem: Problem, gpus: Sequence[str]) -> list[Variant]:
+        """Variants that worked on `gpus` for `problem`'s kind at any n and m, present template, least time per pair first."""
+        places = ", ".join(f":gpu{number}" for number in range(len(gpus)))
+        rows = self._query(
+            _RELATIVES.format(gpus=places),
+            _key(problem, "") | {"template_hash": template_hash(problem.family)} | {f"gpu{i}": gpu for i, gpu in enumerate(gpus)},
+        )
+        return list(dict.fromkeys(Variant(json.loads(row[0])) for row in rows))
 
     def decide(self, problem: Problem, gpu: str) -> list[Winner]:
         """Recompute the winners of a problem for a GPU from its trials, one per precision mode (rules in `otgen.store.decide`).

@@ -59,7 +59,7 @@ class Compiled:
 
     key           names everything the binary depends on (source, target, options, signature): one row per key, shared by trials
     registers     per thread;  spills  bytes per thread;  shared_bytes  per block
-    instructions  open-ended counts of the hot loop
+    instructions  open-ended: what was counted in its loops
     """
 
     key: str
@@ -67,7 +67,7 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
-    instructions: Mapping[str, float] = field(default_factory=dict)
+    instructions: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
