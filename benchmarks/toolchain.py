@@ -1,0 +1,87 @@
+"""What the tools themselves cost on this machine: `python benchmarks/toolchain.py [--seconds 60]`.
+
+Variants compiled and predicted per minute on all cores, `otgen --help` as a whole process, and what `import otgen` takes. Writes
+benchmarks/results/cpu/toolchain.json. Whole-process times are medians of seven runs after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from otgen.candidates import legal_variants
+from otgen.compile import inspect_variant
+from otgen.families import FAMILIES
+from otgen.gpus import gpu
+from otgen.model import predict
+from otgen.pool import Pool, Role
+from otgen.workload import launch_costs
+
+RESULT = Path(__file__).parent / "results" / "cpu" / "toolchain.json"
+
+
+def whole_process_ms(*command: str) -> float:
+    """Median wall milliseconds of a command."""
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[1:])
+
+
+def variants_per_minute(seconds: float, slug: str = "a100") -> tuple[float, int]:
+    """Random legal variants of every family at 4096×4096×64, compiled and predicted; failures count as what they are, work done."""
+    target, chooser = gpu(slug), random.Random(0)
+    problems = [kind.problem(4096, 4096, 64, **flags) for kind in FAMILIES.values() for flags in kind.standard(64)]
+    tasks = [(problem, variant) for problem in problems for variant in chooser.sample(legal_variants(problem, target), 40)]
+    chooser.shuffle(tasks)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache, "OTGEN_CACHE": cache}
+        with Pool(compile=Role(os.cpu_count() or 1, 120.0, environment)) as pool:
+            for problem, variant in tasks[:2]:
+                pool.submit("compile", None, inspect_variant, problem, variant, slug)
+            list(pool.outcomes())  # the workers' imports are not the compiler's speed
+            began, done, waiting = time.monotonic(), 0, iter(tasks[2:])
+            while time.monotonic() - began < seconds:
+                while len(pool) < 4 and (task := next(waiting, None)):
+                    pool.submit("compile", task, inspect_variant, *task, slug)
+                if not len(pool):
+                    break
+                outcome = pool.next()
+                if outcome.status == "ok":
+                    problem, variant = outcome.key
+                    predict(target, launch_costs(problem, variant, target, outcome.value))
+                done += 1
+            return 60.0 * done / (time.monotonic() - began), done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    rate, done = variants_per_minute(options.seconds)
+    result = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "variants_per_minute": round(rate, 1),
+        "variants": done,
+        "help_ms": round(whole_process_ms("-m", "otgen", "--help"), 1),
+        "import_otgen_ms": round(whole_process_ms("-c", "import otgen"), 1),
+        "empty_process_ms": round(whole_process_ms("-c", ""), 1),
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

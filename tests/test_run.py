@@ -1,0 +1,187 @@
+"""The search of one problem, with the compiler and the checker replaced by tables: what is stored, checked and decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otgen.errors import CompileError
+from otgen.families import family
+from otgen.gpus import gpu
+from otgen.isa import Mix
+from otgen.measure import Timing
+from otgen.pool import Outcome
+from otgen.problem import Variant
+from otgen.run import Progress, Run, Session
+from otgen.store import Store, Winner
+from otgen.verify import Accuracy
+from otgen.workload import CompiledLaunch
+
+A100 = gpu("a100")
+PROBLEM = family("sinkhorn").problem(4096, 4096, 64)
+MODES = 6
+
+
+def launch(variant: Variant, *, spills: int = 0, slots: float = 5.0) -> CompiledLaunch:
+    pairs = variant.int("BLOCK_M") * variant.int("BLOCK_N") / (32 * variant.int("num_warps"))
+    return CompiledLaunch("half_step", variant.int("num_warps"), 128, spills, 32768, Mix(slots=slots * pairs, mufu=pairs))
+
+
+class Bench:
+    """Stands in for the pool: answers each task at once from `compiled`, `checked` and `measured`."""
+
+    def __init__(
+        self,
+        compiled: Callable[[Variant], Any] = lambda variant: [launch(variant)],
+        checked: Callable[[Variant], Any] = lambda variant: [Accuracy("u_out", 1e-6, 1e-4)],
+        measured: Callable[[Variant], Any] | None = None,
+    ) -> None:
+        self._answers = {"compile": compiled, "check": checked, "measure": measured}
+        self._queue: list[tuple[str, Any]] = []
+        self.asked: list[tuple[str, Variant]] = []
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def submit(self, role: str, key: Any, function: Any, *arguments: Any) -> None:
+        self._queue.append((role, key))
+        self.asked.append((role, key.variant))
+
+    def next(self) -> Outcome:
+        role, key = self._queue.pop(0)
+        answer = self._answers[role]
+        assert answer is not None
+        try:
+            value = answer(key.variant)
+        except CompileError as error:
+            return Outcome(key, "error", error=error, message=str(error), seconds=0.1)
+        return value if isinstance(value, Outcome) else Outcome(key, "ok", value=value, seconds=0.1)
+
+
+def search(path: Path, bench: Bench, max_trials: int = 5 * MODES, measured: bool = False) -> tuple[list[Winner], Store, Run]:
+    store = Store.open(path / "tuning.db")
+    environment = store.environment({"gpu": "a100"})
+    session = Session(A100, store, bench, environment, measured, 2, "tpe", 0, Progress(PROBLEM), lambda progress: None)  # type: ignore[arg-type]
+    run = Run(PROBLEM, max_trials, session)
+    run.search(math.inf)
+    return store.decide(PROBLEM, "a100"), store, run
+
+
+def test_every_mode_gets_its_share_and_a_checked_winner(tmp_path: Path) -> None:
+    bench = Bench()
+    winners, store, run = search(tmp_path, bench)
+    trials = store.trials(PROBLEM, "a100")
+    assert run.added == len(trials) == 5 * MODES
+    assert {winner.precision for winner in winners} == {"ieee", "tf32", "tf32x3", "bf16x3", "bf16", "fp16"}
+    checked = {variant for role, variant in bench.asked if role == "check"}
+    for winner in winners:
+        assert winner.variant in checked
+        assert winner.evidence == "predicted"
+        mine = [t.predicted_us for t in trials if t.variant["precision"] == winner.precision and t.predicted_us]
+        assert winner.predicted_us == min(mine)
+
+
+def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
+    search(tmp_path, Bench(), 3 * MODES)
+    second = Bench()
+    _, store, run = search(tmp_path, second, 5 * MODES)
+    assert run.added == 2 * MODES
+    variants = [trial.variant for trial in store.trials(PROBLEM, "a100")]
+    assert len(set(variants)) == len(variants) == 5 * MODES
+    third = Bench()
+    _, _, run = search(tmp_path, third, 5 * MODES)
+    assert (run.added, third.asked) == (0, [])
+
+
+def test_failures_are_told_and_counted_not_raised(tmp_path: Path) -> None:
+    def compiled(variant: Variant) -> Any:
+        if variant["stabiliser"] == "running":
+            raise CompileError("the compiler said no")
+        if variant.int("BLOCK_M") == 64:
+            return Outcome(None, "timeout", message="took longer than 60 s")
+        return [launch(variant)]
+
+    class Keyed(Bench):
+        def next(self) -> Outcome:
+            key = self._queue[0][1]
+            outcome = super().next()
+            return Outcome(key, outcome.status, outcome.value, outcome.error, outcome.message, outcome.seconds)
+
+    winners, store, _ = search(tmp_path, Keyed(compiled=compiled))
+    statuses = {trial.status for trial in store.trials(PROBLEM, "a100")}
+    assert statuses == {"ok", "compile_error", "timeout"}
+    assert all(winner.variant["stabiliser"] == "shifted" for winner in winners)
+
+
+def test_a_wrong_leader_is_replaced_by_the_best_of_the_others(tmp_path: Path) -> None:
+    """The fastest variant of each mode is wrong: the next one, which was not checked before, must be and win."""
+    leaders: dict[str, Variant] = {}
+
+    def checked(variant: Variant) -> list[Accuracy]:
+        first = leaders.setdefault(str(variant["precision"]), variant) == variant
+        return [Accuracy("u_out", 1.0 if first else 1e-6, 1e-4)]
+
+    winners, store, _ = search(tmp_path, Bench(checked=checked))
+    assert len(winners) == MODES
+    assert not {winner.variant for winner in winners} & set(leaders.values())
+    wrong = [trial for trial in store.trials(PROBLEM, "a100") if trial.status == "wrong_result"]
+    assert {trial.variant for trial in wrong} == set(leaders.values())
+    assert "error 1 exceeds the budget" in wrong[0].message
+
+
+def test_spills_are_refused_without_a_gpu_and_the_default_is_the_last_resort(tmp_path: Path) -> None:
+    default = family("sinkhorn").default(PROBLEM)
+
+    def compiled(variant: Variant) -> list[CompiledLaunch]:
+        return [launch(variant, spills=0 if variant == default.with_(precision=variant["precision"]) else 8)]
+
+    winners, store, _ = search(tmp_path, Bench(compiled=compiled), 2 * MODES)
+    assert {winner.variant for winner in winners} == {default.with_(precision=winner.precision) for winner in winners}
+    assert len(winners) == MODES
+    assert {trial.status for trial in store.trials(PROBLEM, "a100")} == {"ok", "resource"}
+
+
+def test_with_the_gpu_times_are_measured_and_the_default_timed_beside(tmp_path: Path) -> None:
+    """Measured time decides, whatever was predicted; a variant that computes something else has no time."""
+
+    def measured(variant: Variant) -> tuple[list[Accuracy], Timing | None]:
+        if variant.int("num_warps") == 8:
+            return [Accuracy("u_out", math.inf, 1e-4)], None
+        us = float(variant.int("BLOCK_M"))
+        return [Accuracy("u_out", 1e-6, 1e-4)], Timing((us, us + 1, us + 2), (900.0, 901.0, 902.0), 1980.0, 40.0, 300.0)
+
+    winners, store, _ = search(tmp_path, Bench(measured=measured), measured=True)
+    assert winners
+    for winner in winners:
+        assert winner.evidence == "measured"
+        mine = [t for t in store.trials(PROBLEM, "a100") if t.variant["precision"] == winner.precision and t.status == "ok"]
+        assert winner.measured_us == min(t.variant.int("BLOCK_M") for t in mine) + 1
+        assert winner.predicted_us is not None, "every measured trial stores its prediction too"
+        assert winner.variant["num_warps"] != 8
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (("error", "an illegal memory access was encountered"), "illegal_access"),
+        (("error", "invalid argument"), "launch_error"),
+        (("crashed", "worker ended with code -9"), "crashed"),
+        (("timeout", "took longer than 120 s"), "timeout"),
+    ],
+)
+def test_a_lost_measurement_has_a_class(outcome: tuple[Any, str], status: str, tmp_path: Path) -> None:
+    class Losing(Bench):
+        def next(self) -> Outcome:
+            role, key = self._queue[0]
+            if role == "measure":
+                self._queue.pop(0)
+                return Outcome(key, outcome[0], message=outcome[1], seconds=1.0)
+            return super().next()
+
+    winners, store, _ = search(tmp_path, Losing(), MODES, measured=True)
+    assert winners == []
+    assert {trial.status for trial in store.trials(PROBLEM, "a100")} == {status}
