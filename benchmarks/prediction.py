@@ -93,10 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     if not rows:
-        print(
-            f"expected trials that were both predicted and measured; {options.database} has none; run `otgen tune --gpu auto` on a GPU",
-            file=sys.stderr,
-        )
+        message = f"expected trials that were both predicted and measured; {options.database} has none"
+        print(f"{message}; run `otgen tune --gpu auto --db {options.database}` on a GPU", file=sys.stderr)
         return 1
     show(rows)
     if options.out:

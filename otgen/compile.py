@@ -207,6 +207,16 @@ def _number(text: str, pattern: str) -> int:
     return int(match[1])
 
 
+def ptxas_version() -> str:
+    """The release of the assembler in Triton's wheel, for instance ``12.8.93``."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"V(\d[\d.]*)", text)
+    return match[1] if match else ""
+
+
 def cuobjdump(cubin: bytes, *options: str) -> str:
     """What the disassembler of Triton's wheel says of `cubin`."""
     import triton

@@ -10,7 +10,6 @@ case. The dense float64 reference of the real size is never formed; outputs are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -38,9 +37,6 @@ ROWS, COLUMNS = 1021, 1024
 SAMPLE = 64
 """Points of each side at which outputs of the real size are compared with float64."""
 
-CONTEXT_LOST = 70
-"""How a worker ends whose CUDA context no longer works: every later task of it would fail, whatever its kernel."""
-
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -65,16 +61,8 @@ def quantile(samples: Sequence[float], q: float) -> float:
 def measure(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing | None]:
     """Accuracy of `variant` on the awkward small and on the real problem, and its timing if both are inside their budgets.
 
-    Runs on the current CUDA device, in a worker process that may be lost to an illegal access: it ends itself then.
+    Runs on the current CUDA device, in a worker process that is replaced when this raises (`otgen.pool.Role.fresh_after_error`).
     """
-    try:
-        return _measure(problem, variant)
-    except Exception:
-        _leave_if_lost()
-        raise
-
-
-def _measure(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing | None]:
     launch = load(problem, variant).launch
     checks = verify(small(problem, variant), variant, launch, "cuda")
     points = Points.of(problem)
@@ -173,16 +161,15 @@ def cuda_timer() -> Callable[[Callable[[], Any]], float]:
     return time_us
 
 
-def _leave_if_lost() -> None:
-    """End this process if CUDA does not work in it any more; an error of a launch that was refused leaves it in order."""
-    import torch
-
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return
+def driver_version() -> str:
+    """The NVIDIA driver's version as NVML reports it; empty where it does not."""
     try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        os._exit(CONTEXT_LOST)
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # as below: no sensor is worth a lost run
+        return ""
 
 
 def _state() -> tuple[float | None, float | None, float | None]:

@@ -36,12 +36,14 @@ class Outcome:
 class Role:
     """A kind of worker: how many there are, the seconds a task may take, and what their environment differs in.
 
-    environment  variables set (or, with None, removed) in each worker before it imports anything
+    environment        variables set (or, with None, removed) in each worker before it imports anything
+    fresh_after_error  replace a worker whose task raised: after a CUDA error every later task of its process would fail too
     """
 
     workers: int
     limit: float
     environment: Mapping[str, str | None] = field(default_factory=dict)
+    fresh_after_error: bool = False
 
 
 @dataclass
@@ -140,12 +142,17 @@ class Pool:
         worker.busy = False
         if fine:
             return Outcome(worker.key, "ok", value=value, seconds=seconds)
+        if self._roles[worker.role].fresh_after_error:
+            self._replace(worker)
         return Outcome(worker.key, "error", error=value, message=f"{type(value).__name__}: {value}", seconds=seconds)
 
     def _lose(self, worker: _Worker, status: Literal["timeout", "crashed"], message: str) -> Outcome:
+        self._replace(worker)
+        return Outcome(worker.key, status, message=message, seconds=time.monotonic() - worker.started)
+
+    def _replace(self, worker: _Worker) -> None:
         self._kill(worker)
         self._workers[self._workers.index(worker)] = self._spawn(worker.role)
-        return Outcome(worker.key, status, message=message, seconds=time.monotonic() - worker.started)
 
     def _spawn(self, role: str) -> _Worker:
         ours, theirs = CONTEXT.Pipe()

@@ -160,7 +160,8 @@ class Family:
 
     flags      name → the values it may take; ``int`` stands for any positive integer
     axes       problem → axis → the values that may be tried (before `fits`)
-    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality
+    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality. Smaller n
+               or m may forbid more, never less
     default    problem → the variant used when nothing was tuned: legal on every GPU of the table
     arguments  problem → the keyword arguments of the rendered module's ``launch()``, in order
     inputs     (problem, seed) → values of the "in" tensors and scalars, float64 torch tensors on the CPU

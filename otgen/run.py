@@ -112,8 +112,8 @@ class Run:
 
     def _learn(self, past: StoredTrial) -> None:
         mode = self._modes.get(str(past.variant["precision"]))
-        if mode is None:
-            return
+        if mode is None or (self._session.measured and past.measured_us is None and past.status == "ok"):
+            return  # a prediction is no reason not to measure
         mode.left -= 1
         us = past.us if past.status == "ok" else None
         mode.study.tell(past.variant, us)
@@ -214,7 +214,11 @@ class Run:
 
     def _check(self, mode: _Mode, candidate: _Candidate) -> None:
         mode.best_us, mode.leader = _predicted(candidate), candidate
-        self._session.pool.submit("check", candidate, interpret, self._problem, candidate.variant)
+        known = self._session.store.checked(self._problem, candidate.variant)
+        if known:
+            self._finish(candidate, "ok", accuracy=known)
+        else:
+            self._session.pool.submit("check", candidate, interpret, self._problem, candidate.variant)
 
     def _finish(
         self,

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from otgen import __version__
+from otgen.compile import ptxas_version
 from otgen.errors import UsageError
 from otgen.families import family
 from otgen.gpus import Gpu
+from otgen.measure import driver_version
 from otgen.pool import Pool, Role
 from otgen.problem import Problem
 from otgen.run import Progress, Run, Session
@@ -107,12 +109,14 @@ def _roles(settings: Settings, cache: str) -> dict[str, Role]:
     compiling = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache}
     roles = {"compile": Role(settings.jobs, settings.compile_limit, compiling)}
     if settings.measured:
-        return roles | {"measure": Role(1, 2 * settings.compile_limit, {"TRITON_INTERPRET": None})}
+        return roles | {"measure": Role(1, 2 * settings.compile_limit, compiling, fresh_after_error=True)}
     return roles | {"check": Role(1, settings.compile_limit, {"TRITON_INTERPRET": "1"})}
 
 
 def _environment(gpu: Gpu, measured: bool) -> dict[str, str]:
-    facts = {"gpu": gpu.name if measured else "", "otgen": __version__}
+    facts = {"gpu": gpu.name if measured else "", "otgen": __version__, "ptxas": ptxas_version()}
+    if measured:
+        facts["driver"] = driver_version()
     for package in ("torch", "triton"):
         try:
             facts[package] = version(package)

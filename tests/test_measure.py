@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from otgen import measure, tuner
+from otgen import measure, run, tuner
 from otgen.families import FAMILIES, family
 from otgen.gpus import gpu
 from otgen.isa import Mix
@@ -141,8 +141,9 @@ def measured(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"Pool": InlinePool, "inspect_variant": compiled, "measure": measured}.items():
-        monkeypatch.setattr(tuner, name, value)
+    monkeypatch.setattr(tuner, "Pool", InlinePool)
+    monkeypatch.setattr(run, "inspect_variant", compiled)
+    monkeypatch.setattr(run, "measure", measured)
     with Store.open(tmp_path / "tuning.db") as opened:
         yield opened
 
@@ -182,7 +183,7 @@ def test_a_measurement_replaces_a_prediction(store: Store, monkeypatch: pytest.M
     """However short the predicted time, a measured variant comes before it."""
     problem = family("sinkhorn").problem(4096, 4096, 16)
     fine = [Accuracy("rho", 0.001, 0.01)]
-    monkeypatch.setattr(tuner, "interpret", lambda problem, variant: fine)
+    monkeypatch.setattr(run, "interpret", lambda problem, variant: fine)
     (before,) = tune([problem], gpu("h200"), store, Settings(max_trials=6, jobs=1), lambda progress: None)
     (after,) = tune([problem], gpu("h200"), store, Settings(max_trials=12, jobs=1, measured=True), lambda progress: None)
     assert {winner.evidence for winner in before.winners} == {"predicted"}

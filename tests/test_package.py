@@ -39,7 +39,9 @@ def test_an_installed_wheel_renders_and_shows(wheel: Path, tmp_path: Path) -> No
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
-    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+    )
     target = Path(site.stdout.strip())
     zipfile.ZipFile(wheel).extractall(target)
     import click
@@ -52,9 +54,18 @@ def test_an_installed_wheel_renders_and_shows(wheel: Path, tmp_path: Path) -> No
         command = [python, "-m", "otgen", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
 
-    where = subprocess.run([python, "-c", "import otgen; print(otgen.__file__)"], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    where = subprocess.run(
+        [python, "-c", "import otgen; print(otgen.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert Path(where.stdout.strip()).is_relative_to(venv)
-    assert "def launch(" in otgen("render", "sinkhorn", "--gpu", "h100", "--winner", "--shape", "4096x4096x64", "schedule=symmetric")
+    assert "def launch(" in otgen(
+        "render", "sinkhorn", "--gpu", "h100", "--winner", "--shape", "4096x4096x64", "schedule=symmetric"
+    )
     winners = json.loads(otgen("show", "--gpu", "h100", "--json"))
     assert {winner["evidence"] for winner in winners} <= {"predicted", "measured"}
     assert len({(winner["n"], winner["d"]) for winner in winners}) == 20

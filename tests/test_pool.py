@@ -52,6 +52,18 @@ def test_every_task_reports_once_whatever_happens() -> None:
     assert outcomes["refuse"].message == "ValueError: no"
 
 
+def test_a_role_may_ask_for_a_fresh_worker_after_an_error() -> None:
+    pids = {}
+    for fresh in (False, True):
+        with Pool(task=Role(1, limit=30.0, fresh_after_error=fresh)) as pool:
+            for key, task in (("before", os.getpid), ("error", refuse), ("after", os.getpid)):
+                pool.submit("task", key, task)
+            outcomes = {outcome.key: outcome for outcome in pool.outcomes()}
+        assert outcomes["error"].message == "ValueError: no"
+        pids[fresh] = outcomes["before"].value == outcomes["after"].value
+    assert pids == {False: True, True: False}
+
+
 def test_each_role_has_its_own_environment() -> None:
     os.environ["OTGEN_TEST_HERE"] = "parent"
     child = Role(1, limit=30.0, environment={"OTGEN_TEST_HERE": None, "OTGEN_TEST_THERE": "child"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,21 @@ def test_a_lost_measurement_has_a_class(outcome: tuple[Any, str], status: str, t
     winners, store, _ = search(tmp_path, Losing(), MODES, measured=True)
     assert winners == []
     assert {trial.status for trial in store.trials(PROBLEM, "a100")} == {status}
+
+
+def test_the_interpreter_checks_a_kernel_once_for_all_sizes_and_gpus(tmp_path: Path) -> None:
+    first = Bench()
+    search(tmp_path, first, MODES)
+    checked = [variant for role, variant in first.asked if role == "check"]
+    assert checked
+    store = Store.open(tmp_path / "tuning.db")
+    larger, second = replace(PROBLEM, n=16384, m=16384), Bench()
+    session = Session(gpu("h100"), store, second, 1, False, 2, "tpe", 0, Progress(larger), lambda progress: None)  # type: ignore[arg-type]
+    for variant in checked:
+        assert store.checked(larger, variant)
+        assert not store.checked(larger, variant.with_(num_stages=4))
+    run = Run(larger, MODES, session)
+    run.search(math.inf)
+    again = [variant for role, variant in second.asked if role == "check"]
+    assert not set(again) & set(checked)
+    assert all(winner.evidence == "predicted" for winner in store.decide(larger, "h100"))

@@ -86,7 +86,7 @@ CREATE TABLE trial (
     predict_ms REAL CHECK (predict_ms BETWEEN 0 AND 1e300),
     measure_ms REAL CHECK (measure_ms BETWEEN 0 AND 1e300)
 );
-CREATE INDEX trial_by_key ON trial (gpu, family, n, m, d, dtype, flags, template_hash);
+CREATE INDEX trial_by_key ON trial (family, d, dtype, flags, template_hash, gpu, n, m);
 CREATE TABLE prediction (
     id INTEGER PRIMARY KEY,
     trial INTEGER NOT NULL UNIQUE REFERENCES trial (id),

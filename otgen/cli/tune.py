@@ -70,7 +70,7 @@ def tune(
 
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
-    settings = Settings(max_trials, seconds, sampler, seed, measured=_is_here(target))
+    settings = Settings(max_trials, seconds, sampler, seed, measured=slug == "auto" or _is_here(target))
     if jobs:
         settings = Settings(max_trials, seconds, sampler, seed, jobs, settings.measured)
     problems = standard_problems(families or tuple(FAMILIES), parsed or None, dtypes)
@@ -115,9 +115,11 @@ def _seconds(text: str) -> float:
 
 def _is_here(target: Gpu) -> bool:
     """Whether the GPU in this machine is the one asked for; torch, slow to import, is asked only where a driver is."""
-    from ctypes.util import find_library
+    import ctypes
 
-    if not (find_library("cuda") or find_library("amdhip64")):
+    try:
+        ctypes.CDLL("libcuda.so.1" if target.backend == "cuda" else "libamdhip64.so")
+    except OSError:
         return False
     import torch
 

@@ -39,6 +39,14 @@ WHERE family = :family AND d = :d AND dtype = :dtype AND flags = :flags AND gpu 
 ORDER BY coalesce(e.median_us, p.us) / (1.0 * n * m)
 """
 
+_CHECKED = """
+SELECT t.id, a.metric, a.value, a.budget
+FROM trial t JOIN accuracy a ON a.trial = t.id
+WHERE t.variant = :variant AND t.family = :family AND t.d = :d AND t.dtype = :dtype AND t.flags = :flags
+      AND t.template_hash = :template_hash AND t.status = 'ok' AND NOT EXISTS (SELECT 1 FROM measurement e WHERE e.trial = t.id)
+ORDER BY t.id
+"""
+
 _KEEP_WINNERS_ONLY = (
     *(f"DELETE FROM {fact} WHERE trial NOT IN (SELECT trial FROM winner)" for fact in ("prediction", "measurement", "accuracy")),
     "DELETE FROM trial WHERE id NOT IN (SELECT trial FROM winner)",
@@ -156,6 +164,14 @@ class Store:
             _key(problem, "") | {"template_hash": template_hash(problem.family)} | {f"gpu{i}": gpu for i, gpu in enumerate(gpus)},
         )
         return list(dict.fromkeys(Variant(json.loads(row[0])) for row in rows))
+
+    def checked(self, problem: Problem, variant: Variant) -> list[Accuracy]:
+        """What the interpreter's check of `variant` found before, for whatever GPU, n and m: it looks at none of them. Else []."""
+        rows = self._query(
+            _CHECKED,
+            _key(problem, "") | {"variant": variant.json, "template_hash": template_hash(problem.family)},
+        )
+        return [Accuracy(*row[1:]) for row in rows if row[0] == rows[0][0]]
 
     def decide(self, problem: Problem, gpu: str) -> list[Winner]:
         """Recompute the winners of a problem for a GPU from its trials, one per precision mode (rules in `otgen.store.decide`).

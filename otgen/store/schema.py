@@ -66,7 +66,7 @@ CREATE TABLE trial (
     predict_ms REAL CHECK (predict_ms BETWEEN 0 AND {_FINITE}),
     measure_ms REAL CHECK (measure_ms BETWEEN 0 AND {_FINITE})
 )""",
-    "CREATE INDEX trial_by_key ON trial (gpu, family, n, m, d, dtype, flags, template_hash)",
+    "CREATE INDEX trial_by_key ON trial (family, d, dtype, flags, template_hash, gpu, n, m)",
     f"""\
 CREATE TABLE prediction (
     id INTEGER PRIMARY KEY,

@@ -1,0 +1,285 @@
+"""On a real GPU: every kind of variant against float64, the redo, 64-bit offsets, the solver, and what must not happen.
+
+Skipped without one. Run with `TRITON_INTERPRET=0 pytest -m gpu`, or `python benchmarks/gpu.py tests`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+
+import otgen
+from otgen import ops
+from otgen.families import FAMILIES, family, sinkhorn
+from otgen.gpus import detect
+from otgen.measure import FEWEST, Points, measure
+from otgen.precision import MODES
+from otgen.problem import Problem, Variant
+from otgen.render import load
+from otgen.resources import resource
+from otgen.solvers.result import ConvergenceWarning
+from otgen.store import read_winners
+from otgen.verify import call_arguments, failures, verify
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::otgen.store.TuningWarning")]
+
+MASKED = 40
+"""Dimensions: two reads of 32 coordinates, the second masked, or one masked read of 64."""
+
+
+def problems(n: int, m: int, d: int) -> list[Problem]:
+    """One problem of every family and standard combination of flags."""
+    return [kind.problem(n, m, d, **flags) for kind in FAMILIES.values() for flags in kind.standard(d)]
+
+
+def variants(problem: Problem) -> Iterator[Variant]:
+    """Every precision mode with both stabilisers and every fusion; resident and looped, warps and stages take turns."""
+    fusions = family(problem.family).axes(problem).get("fusion", ("",))
+    base = family(problem.family).default(problem).with_(BLOCK_M=64, BLOCK_N=32)
+    for (i, mode), (j, stabiliser), fusion in product(enumerate(MODES), enumerate(("running", "shifted")), fusions):
+        if fusion == "one_sweep" and stabiliser == "running":
+            continue
+        own = {"fusion": fusion} if fusion else {}
+        if fusion == "one_sweep":
+            own["SPLITS"] = (1, 4)[i % 2]
+        yield base.with_(
+            precision=mode,
+            stabiliser=stabiliser,
+            BLOCK_K=(32, 64)[(i + j) % 2],
+            num_warps=(4, 8)[i % 2],
+            num_stages=1 + (i + j) % 3,
+            **own,
+        )
+
+
+CASES = [pytest.param(p, v, id=f"{p.family}-{p.flag_text}-{v.text}") for p in problems(131, 157, MASKED) for v in variants(p)]
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted; set TRITON_INTERPRET=0")
+
+
+@pytest.mark.parametrize(("problem", "variant"), CASES)
+def test_every_kind_of_variant_agrees_with_float64(problem: Problem, variant: Variant) -> None:
+    misfit = family(problem.family).fits(problem, variant, detect())
+    if misfit:
+        pytest.skip(misfit)
+    assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cuda")))
+
+
+@pytest.mark.parametrize("problem", problems(1, 1, 1) + problems(65, 33, 17), ids=str)
+def test_awkward_sizes_agree_with_float64(problem: Problem) -> None:
+    variant = family(problem.family).default(problem)
+    assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cuda")))
+
+
+@pytest.mark.parametrize("problem", problems(16385, 8195, 64), ids=str)
+def test_a_large_problem_is_measured_and_agrees_with_float64(problem: Problem) -> None:
+    axes = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "precision": "tf32", "stabiliser": "shifted"}
+    variant = family(problem.family).default(problem).with_(**axes)
+    checks, timing = measure(problem, variant)
+    assert not list(failures(checks))
+    assert timing is not None
+    assert min(timing.samples_us + timing.default_us) > 0
+    assert len(timing.samples_us) == len(timing.default_us) >= FEWEST
+
+
+@pytest.mark.parametrize("problem", problems(4096, 4096, 64), ids=str)
+def test_shipped_winners_agree_with_float64(problem: Problem) -> None:
+    path = resource("tuning_db") / f"{detect().slug}.db"
+    if not path.exists():
+        pytest.skip(f"nothing is shipped for {detect().slug}")
+    found = [winner.variant for winner in read_winners(path, family=problem.family) if winner.problem == problem]
+    points = Points.of(problem)
+    for variant in found:
+        call = call_arguments(problem, points.given(), "cuda")
+        load(problem, variant).launch(**call)
+        assert not list(failures(points.compare(variant, call))), variant
+
+
+@pytest.mark.parametrize("fusion", ["half_step", "two_launches", "one_launch", "one_sweep"])
+@pytest.mark.parametrize("offset", [-3000.0, -130.0, 130.0, 3000.0])
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_shift_out_of_range_is_redone(fusion: str, offset: float, every: int) -> None:
+    """u* does not depend on u: however wrong the shift, the kernel must find it; rho itself may leave fp32's range."""
+    schedule = "alternating" if fusion == "half_step" else "symmetric"
+    problem = family("sinkhorn").problem(300, 211, MASKED, schedule=schedule)
+    full = {"damping": 1.0, "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
+    given = {**sinkhorn.inputs(problem, 1), **full}
+    expected = sinkhorn.reference(problem, given)["u_out"]
+    given["u"][::every] += offset
+    call = call_arguments(problem, given, "cuda")
+    load(problem, family("sinkhorn").default(problem).with_(stabiliser="shifted", fusion=fusion)).launch(**call)
+    torch.testing.assert_close(call["u_out"].cpu().double(), expected, rtol=1e-6, atol=1e-3)
+
+
+def clouds(n: int, m: int, d: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """x (n, d), y (m, d), a (n,), b (m,), the weights of mass one."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, a, b = (torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in ((n, d), (m, d), (n,), (m,)))
+    return [tensor.to(dtype) for tensor in (x, y + 0.2, a / a.sum(), b / b.sum())]
+
+
+@pytest.mark.parametrize("method", ["alternating", "symmetric"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 3e-4), (torch.float64, 1e-9)])
+def test_the_gpu_solves_what_the_cpu_solves(method: str, dtype: torch.dtype, near: float) -> None:
+    """Same number of steps from the same start, so the same pair, also before it has converged."""
+    options = {"reg": 0.1, "method": method, "max_iter": 16, "tol": 0.0}
+    given = clouds(700, 500, 5)
+    with pytest.warns(ConvergenceWarning):
+        expected = otgen.solve_sample(*given, **options)
+    precision = "fp32" if dtype == torch.float32 else "auto"
+    with pytest.warns(ConvergenceWarning):
+        found = otgen.solve_sample(*(tensor.to("cuda", dtype) for tensor in given), **options, precision=precision)
+    assert found.value.is_cuda
+    assert found.value.dtype == dtype
+    assert found.n_iters == expected.n_iters
+    for name in ("value", "value_linear", "potential_a", "potential_b", "marginal_a", "marginal_b", "a_to_b", "b_to_a"):
+        torch.testing.assert_close(getattr(found, name).cpu().double(), getattr(expected, name), rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3])
+def test_automatic_precision_reaches_the_tolerance(tol: float) -> None:
+    given = clouds(3000, 2000, 3)
+    found = otgen.solve_sample(*(tensor.to("cuda", torch.float32) for tensor in given), reg=0.05, tol=tol)
+    assert found.stop == "tol"
+    f, g = found.potential_a.cpu().double(), found.potential_b.cpu().double()
+    x, y, a, b = given
+    plan = a[:, None] * b * torch.exp((f[:, None] + g - torch.cdist(x, y).square()) / 0.05)
+    assert float((plan.sum(1) - a).abs().sum() + (plan.sum(0) - b).abs().sum()) < 1.5 * tol
+
+
+def test_gradients_agree_with_the_cpu() -> None:
+    gradients = []
+    for device, dtype, precision in (("cpu", torch.float64, "auto"), ("cuda", torch.float32, "fp32")):
+        given = [tensor.to(device, dtype).requires_grad_() for tensor in clouds(300, 200, 4)]
+        otgen.solve_sample(*given, reg=0.3, tol=1e-5, precision=precision).value.backward()
+        x, y, a, b = (tensor.grad.cpu().double() for tensor in given)
+        gradients.append((x, y, a - a.mean(), b - b.mean()))
+    for expected, found in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def steps(n: int, m: int, d: int) -> dict[str, torch.Tensor]:
+    """Arguments of a symmetric step on the device, near its solution."""
+    given = Points.of(family("sinkhorn").problem(n, m, d, schedule="symmetric")).given()
+    names = ("x", "y", "u", "v", "a", "b", "x_sq", "y_sq")
+    return {name: given[name].float().contiguous().cuda() for name in names}
+
+
+def test_no_operation_waits_for_the_gpu() -> None:
+    g = steps(1000, 900, 16)
+    column = torch.ones_like(g["v"])
+
+    def everything() -> None:
+        ops.sinkhorn_symmetric_step(**g, scale=7.2)
+        half = {name: g[name] for name in ("x", "y", "u", "v", "b", "x_sq")}
+        ops.sinkhorn_half_step(**half, scale=7.2)
+        plan = {name: g[name] for name in ("x", "y", "u", "v", "a", "b")}
+        ops.apply_plan(**plan, values=column, scale=7.2)
+        ops.apply_plan(**plan, values=g["y"], scale=7.2)
+        ops.plan_gradient(**plan, marginal=g["a"], scale=7.2)
+
+    everything()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_can_be_captured_in_a_cuda_graph() -> None:
+    g = steps(1000, 900, 16)
+    ops.sinkhorn_symmetric_step(**g, scale=7.2)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.sinkhorn_symmetric_step(**g, scale=7.2)
+    g["v"].add_(1.0)
+    graph.replay()
+    expected = ops.sinkhorn_symmetric_step(**g, scale=7.2)
+    for found, value in zip(captured, expected):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["half_step", "two_launches", "one_launch", "one_sweep"])
+def test_repeated_launches_agree(fusion: str) -> None:
+    """To the last bit, unless sums are added up by atomics, whose order varies."""
+    schedule = "alternating" if fusion == "half_step" else "symmetric"
+    problem = family("sinkhorn").problem(3001, 2003, 64, schedule=schedule)
+    launch = load(problem, family("sinkhorn").default(problem).with_(stabiliser="shifted", fusion=fusion)).launch
+    given = Points.of(problem).given()
+    runs = [call_arguments(problem, given, "cuda") for _ in range(3)]
+    for call in runs:
+        launch(**call)
+    for name in ("u_out", "rho"):
+        for call in runs[1:]:
+            near = 1e-5 if fusion == "one_sweep" else 0.0
+            torch.testing.assert_close(call[name], runs[0][name], rtol=near, atol=near)
+
+
+HUGE, WIDE = 2**25 + 3, 65
+"""HUGE·WIDE coordinates pass 2³¹; the points from FAR on lie beyond it."""
+FAR = 2**31 // WIDE
+
+
+def huge_cloud(count: int) -> torch.Tensor:
+    """(HUGE, WIDE) coordinates, those beyond 2³¹ elements shifted. Skips the test unless `count` such tensors fit."""
+    torch.cuda.empty_cache()
+    need = int(1.1 * count * 4 * HUGE * WIDE)
+    free = torch.cuda.mem_get_info()[0]
+    if free < need:
+        pytest.skip(f"needs {need / 1e9:.0f} GB of GPU memory; {free / 1e9:.0f} GB are free")
+    cloud = torch.empty(HUGE, WIDE, device="cuda").normal_(std=0.1)
+    cloud[FAR:] += 0.5
+    return cloud
+
+
+def row_scores(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(x.double() @ y.double().T)
+
+
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    x, y = huge_cloud(1), torch.randn(7, WIDE, device="cuda")
+    zeros, b = torch.zeros(HUGE, device="cuda"), torch.full((7,), 1.0 / 7, device="cuda")
+    u_out, rho = (torch.full_like(zeros, torch.nan) for _ in range(2))
+    problem = family("sinkhorn").problem(HUGE, 7, WIDE)
+    vectors = {"u": zeros, "v": torch.zeros_like(b), "b": b, "x_sq": zeros, "u_out": u_out, "rho": rho}
+    load(problem, family("sinkhorn").default(problem)).launch(x=x, y=y, **vectors, scale=1.0, damping=1.0, step=1.0)
+    for part in (slice(0, 500), slice(FAR - 250, FAR + 250), slice(HUGE - 500, HUGE)):
+        torch.testing.assert_close(rho[part].double(), row_scores(x[part], y).mean(1), rtol=1e-4, atol=0.0)
+    assert bool(rho.isfinite().all())
+
+
+def test_columns_beyond_two_to_the_31_elements() -> None:
+    """The far columns have half of the weight, so reading others in their place would show."""
+    y, x = huge_cloud(1), torch.randn(33, WIDE, device="cuda")
+    b = torch.full((HUGE,), 0.5 / FAR, device="cuda")
+    b[FAR:] = 0.5 / (HUGE - FAR)
+    zeros = torch.zeros(33, device="cuda")
+    u_out, rho = (torch.full_like(zeros, torch.nan) for _ in range(2))
+    problem = family("sinkhorn").problem(33, HUGE, WIDE)
+    vectors = {"u": zeros, "v": torch.zeros_like(b), "b": b, "x_sq": zeros, "u_out": u_out, "rho": rho}
+    variant = family("sinkhorn").default(problem).with_(BLOCK_N=128)
+    load(problem, variant).launch(x=x, y=y, **vectors, scale=1.0, damping=1.0, step=1.0)
+    chunks = (slice(start, start + 2**22) for start in range(0, HUGE, 2**22))
+    expected = sum(row_scores(x, y[part]) @ b[part].double() for part in chunks)
+    torch.testing.assert_close(rho.double(), expected, rtol=1e-3, atol=0.0)
+
+
+def test_gradients_beyond_two_to_the_31_elements() -> None:
+    x, y = huge_cloud(2), torch.randn(7, WIDE, device="cuda")
+    a, b = torch.ones(HUGE, device="cuda"), torch.full((7,), 1.0 / 7, device="cuda")
+    out = torch.full((HUGE, WIDE), torch.nan, device="cuda")
+    problem = family("transport").problem(HUGE, 7, WIDE, output="gradient")
+    vectors = {"u": torch.zeros_like(a), "v": torch.zeros_like(b), "a": a, "b": b, "marginal": a, "out": out}
+    load(problem, family("transport").default(problem)).launch(x=x, y=y, **vectors, scale=1.0, cost=1.0)
+    for part in (slice(0, 500), slice(FAR - 250, FAR + 250), slice(HUGE - 500, HUGE)):
+        expected = 2.0 * (x[part].double() - row_scores(x[part], y) / 7 @ y.double())
+        torch.testing.assert_close(out[part].double(), expected, rtol=1e-4, atol=1e-3)
