@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 class Mode:
     """A precision mode.
 
-    floor       L1 marginal error reached per unit of R²/eps (measured in 2-D; about 3× lower in 64-D)
+    floor       L1 marginal error reached per unit of R²/eps, by emulation in 2-D (about 3× lower in 64-D)
     products    how many tensor-core products of type `unit` replace one exact product
     unit        the operand type the tensor core sees; "fma" when it is not used
     mantissa    bits of an operand, the implicit one included (the emulated rounding of `rounded`)
+    truncates   whether the bits below are dropped rather than rounded: a tensor core reads fp32 registers as tf32 by ignoring them,
+                and Triton converts nothing beforehand, so the errors add up instead of averaging out
     """
 
     name: str
@@ -30,6 +32,7 @@ class Mode:
     products: int
     unit: str
     mantissa: int
+    truncates: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -38,8 +41,8 @@ MODES: dict[str, Mode] = {
         Mode("ieee", 2e-8, 1, "fma", 24),
         Mode("tf32x3", 2e-8, 3, "tf32", 22),
         Mode("bf16x3", 1e-6, 3, "bf16", 16),
-        Mode("tf32", 1e-4, 1, "tf32", 11),
         Mode("fp16", 1e-4, 1, "fp16", 11),
+        Mode("tf32", 6e-4, 1, "tf32", 11, truncates=True),
         Mode("bf16", 1e-3, 1, "bf16", 8),
     )
 }
@@ -47,8 +50,8 @@ MODES: dict[str, Mode] = {
 
 ALIASES = {"fp32": "ieee"}
 
-FP16_LIMIT = 6e4
-"""Largest scaled coordinate fp16 operands may hold."""
+FP16_RANGE = (6e-2, 6e4)
+"""What the radius of the clouds, plain and scaled, must lie between in fp16: above, it overflows; below, its last bits are lost."""
 
 
 def mode_name(name: str) -> str:
@@ -74,16 +77,19 @@ def admissible(radius: float, eps: float, tol: float, cost: float = 1.0) -> tupl
 
 
 def representable(mode: str, radius: float, eps: float, cost: float = 1.0) -> bool:
-    """Whether coordinates scaled by 2·cost·log2(e)/eps stay inside the range of the mode's operands."""
-    return mode != "fp16" or 2.0 * cost * 1.4426950408889634 / eps * radius < FP16_LIMIT
+    """Whether coordinates, and those scaled by 2·cost·log2(e)/eps, stay inside the range of the mode's operands."""
+    smallest, largest = FP16_RANGE
+    scaled = 2.0 * cost * 1.4426950408889634 / eps * radius
+    return mode != "fp16" or (smallest < min(radius, scaled) and max(radius, scaled) < largest)
 
 
 def rounded(x: torch.Tensor, mode: str) -> torch.Tensor:
-    """`x` in float64 after the rounding its mode applies to an operand: to nearest, ties to even, range not emulated."""
+    """`x` in float64 after what its mode does to an operand: rounded to nearest, ties to even, or truncated; range not emulated."""
     import torch
 
     if not torch.is_floating_point(x):
         raise InputError(f"expected a floating-point tensor; got {x.dtype}")
     mantissa, exponent = torch.frexp(x.double())
     scale = float(2 ** MODES[mode].mantissa)
-    return torch.ldexp(torch.round(mantissa * scale) / scale, exponent)
+    cut = torch.trunc if MODES[mode].truncates else torch.round
+    return torch.ldexp(cut(mantissa * scale) / scale, exponent)

@@ -22,6 +22,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
 
+LARGEST_CLOUD, LARGEST_DIMENSION = (1 << 31) - 1, 1 << 16
+"""Points are counted in 32 bits; offsets of coordinates in 64."""
+
 Value = int | str
 
 
@@ -37,8 +40,11 @@ class Problem:
     flags: tuple[tuple[str, Value], ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.n, self.m, self.d) < 1:
-            raise UsageError(f"expected a shape of positive sizes n, m, d; got {self.shape}; write for example 4096x4096x64")
+        if min(self.n, self.m, self.d) < 1 or max(self.n, self.m) > LARGEST_CLOUD or self.d > LARGEST_DIMENSION:
+            raise UsageError(
+                f"expected sizes n, m from 1 to {LARGEST_CLOUD} and d from 1 to {LARGEST_DIMENSION}; got {self.shape}; "
+                "write for example 4096x4096x64"
+            )
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "flags", tuple(sorted(self.flags)))
@@ -64,7 +70,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
     Raises UsageError when `text` is not three positive integers joined by ``x``.
     """
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)x([0-9]+)", text.strip().lower())
     sizes = tuple(int(s) for s in match.groups()) if match else ()
     if len(sizes) != 3 or min(sizes) < 1:
         raise UsageError(f"expected a shape NxMxD of positive integers; got {text!r}; write for example 4096x4096x64")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otgen import families
 from otgen.errors import UsageError
+from otgen.precision import MODES
 from otgen.problem import Problem, Value, Variant
 from otgen.resources import template_hash
 from otgen.store import Winner
@@ -73,7 +74,7 @@ def ranked(winners: Iterable[Winner], target: Problem, gpu: Gpu, modes: tuple[st
         if far is not None:
             tier, cache = _tier(winner, gpu, far)
             per_pair = winner.us / (winner.problem.n * winner.problem.m)
-            keyed.append(((tier, winner.gpu != gpu.slug, far, per_pair, winner.precision), winner, cache))
+            keyed.append(((tier, winner.gpu != gpu.slug, far, per_pair, list(MODES).index(winner.precision)), winner, cache))
     for _, winner, cache in sorted(keyed, key=lambda item: item[0]):
         variant = _adapted(winner, target)
         yield Candidate(winner, cache, variant, _refusal(winner, variant, target, gpu, modes))

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from otgen import __version__
+from otgen.errors import OtgenError
 from otgen.families import family
 from otgen.families.tiles import is_resident
 from otgen.problem import Problem, Variant
@@ -83,12 +84,24 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otgen"
 
 
+def cache_is_writable() -> None:
+    """Raises OtgenError unless rendered modules can be written where they are kept."""
+    directory = cache_directory() / "kernels"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OtgenError(f"expected to write kernels to {directory}; got: {error}; set OTGEN_CACHE to another directory") from error
+
+
 def save(problem: Problem, variant: Variant, directory: Path | None = None) -> Path:
-    """The file of the rendered module, written atomically unless it is there already."""
+    """The file of the rendered module, written atomically unless it is there already. Raises OtgenError where it cannot be."""
     text = source(problem, variant)
     path = (directory or cache_directory() / "kernels") / file_name(problem, variant, text)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if directory is None:
+            cache_is_writable()
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".py", delete=False, encoding="utf-8") as file:
             file.write(text)
         os.replace(file.name, path)

@@ -123,7 +123,7 @@ class Run:
     def search(self, deadline: float) -> None:
         """Keeps twice as many trials in flight as there are compilers, until all shares are used up or `deadline` has passed.
 
-        A mode that ends without a winner falls back on its best unchecked variant, then on the default.
+        A mode whose leader fails its check falls back on its best unchecked variant; one that ends with nothing, on the default.
         """
         pool, turn = self._session.pool, 0
         while True:
@@ -160,11 +160,7 @@ class Run:
         for mode in self._modes.values():
             if mode.best_us < math.inf:
                 continue
-            if mode.unchecked:
-                mode.unchecked.sort(key=lambda candidate: _predicted(candidate), reverse=True)
-                self._check(mode, mode.unchecked.pop())
-                revived = True
-            elif not mode.rescued:
+            if not mode.rescued:
                 mode.rescued, mode.left, revived = True, 1, True
         return revived
 
@@ -212,6 +208,12 @@ class Run:
             mode.unchecked.append(candidate)
             self._finish(candidate, "ok")
 
+    def _check_next(self, mode: _Mode) -> None:
+        """Checks the best variant that was passed over while a leader stood that has fallen since."""
+        best = min(mode.unchecked, key=_predicted)
+        mode.unchecked.remove(best)
+        self._check(mode, best)
+
     def _check(self, mode: _Mode, candidate: _Candidate) -> None:
         mode.best_us, mode.leader = _predicted(candidate), candidate
         known = self._session.store.checked(self._problem, candidate.variant)
@@ -231,9 +233,10 @@ class Run:
         """Records a trial, and tells the study and the listener of it."""
         session, mode, prediction = self._session, self._modes[candidate.mode], candidate.prediction
         us = measurement.median_us if measurement else _predicted(candidate)
+        fallen = False
         if status == "ok" and accuracy:
             mode.best_us = min(mode.best_us, us)
-        elif mode.leader is candidate:
+        elif fallen := mode.leader is candidate:
             mode.best_us, mode.leader = math.inf, None
         template = template_hash(self._problem.family)
         trial = Trial(self._problem, session.gpu.slug, candidate.variant, status, template, message, session.seed)
@@ -253,6 +256,8 @@ class Run:
         if status == "ok" and us < progress.best_us:
             progress.best_us, progress.best = us, candidate.variant.text
         session.listener(replace(progress))
+        if fallen and mode.unchecked:
+            self._check_next(mode)
 
 
 def _predicted(candidate: _Candidate) -> float:

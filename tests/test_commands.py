@@ -5,16 +5,26 @@ docs/commands.md holds every command's --help; OTGEN_UPDATE_GOLDEN=1 pytest test
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from otgen.cli import COMMANDS, main, otgen
-from otgen.store import Store
+from otgen.cli.tune import _report, _Voice
+from otgen.dispatch import Dispatcher
+from otgen.families import family
+from otgen.store import Store, StoredTrial, Winner
+from otgen.tuner import Summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +89,11 @@ def test_every_command_of_the_readme_exists() -> None:
             "unknown output of h100's",
         ),
         (["why", "sinkhorn", "8x8x8", "--gpu", "tpu"], 2, "unknown GPU 'tpu'"),
+        (["render", "sinkhorn", "--shape", "4294967296x8x8"], 2, "expected sizes n, m from 1 to 2147483647"),
+        (["render", "sinkhorn", "--shape", "６４x64x3"], 2, "expected a shape NxMxD"),
+        (["tune", "--gpu", "a100", "--shape", "99999999999999999999x4x3"], 2, "expected sizes n, m from 1 to 2147483647"),
+        (["why", "sinkhorn", "8x8x8", "--gpu", "a100", "--db", "/nowhere/tuning.db"], 1, "/nowhere/tuning.db"),
+        (["render", "sinkhorn", "--shape", "8x8x8", "--out", "/dev/null/kernel.py"], 1, "/dev/null"),
         (["fly"], 2, "No such command 'fly'"),
     ],
 )
@@ -112,6 +127,106 @@ def test_a_database_that_cannot_be_used(damage: str, tmp_path: Path, capsys: pyt
     assert str(path) in err
     assert "Traceback" not in err
     assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+@pytest.mark.filterwarnings("default::otgen.store.TuningWarning")
+def test_a_winner_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--winner never means the default."""
+    monkeypatch.setattr("otgen.dispatch.choose", Dispatcher([]).choose)
+    code, out, err = run("render", "sinkhorn", "--winner", "--gpu", "a100", "--shape", "64x64x3", capsys=capsys)
+    assert (code, out) == (3, "")
+    assert "expected a stored winner for sinkhorn[schedule=alternating] 64x64x3 fp32 on a100" in err
+    assert "otgen tune --gpu a100 --family sinkhorn --shape 64x64x3" in err
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OTGEN_CACHE", str(tmp_path / "file" / "cache"))
+    db = tmp_path / "tuning.db"
+    code, _, err = run("tune", "--gpu", "a100", "--family", "hvp", "--shape", "64x64x3", "--db", str(db), capsys=capsys)
+    assert code == 1
+    assert "set OTGEN_CACHE to another directory" in err
+    assert not db.exists()
+
+
+def test_a_budget_too_short_for_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "tune",
+        "--gpu",
+        "a100",
+        "--family",
+        "sinkhorn",
+        "--shape",
+        "64x64x3",
+        "--budget",
+        "0.001s",
+        "--db",
+        str(tmp_path / "t.db"),
+    ]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 1
+    assert "0 trials run" in out
+    assert "type a longer one" in err
+
+
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
+    """SIGINT in the middle of a real run: 130, what was finished is stored, the printed command goes on with the rest."""
+    db = tmp_path / "tuning.db"
+    words = ["tune", "--gpu", "a100", "--family", "sinkhorn", "--shape", "256x256x16", "--max-trials", "12", "--db", str(db)]
+    command = [sys.executable, "-m", "otgen", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and trials(db) < 3:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    kept = trials(db)
+    assert kept >= 3
+    lines = out.strip().splitlines()
+    assert "none is measured" in lines[-1]
+    assert lines[-2].strip() == shlex.join(command)
+    again = subprocess.run(shlex.split(lines[-2]), capture_output=True, text=True, check=True)
+    added = re.search(r"^(\d+) trials run, (\d+) known", again.stdout, re.MULTILINE)
+    assert added is not None
+    assert int(added[1]) + kept == int(added[2]) == trials(db)
+
+
+def trials(db: Path) -> int:
+    """How many trials a database that is being written holds."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT count(*) FROM trial").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def test_measured_and_predicted_times_share_no_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """A prediction that looks better than the measured winner is neither listed with it nor pinned."""
+    problem = family("sinkhorn").problem(64, 64, 3)
+    variant = family("sinkhorn").default(problem)
+    path = Path("tuning.db")
+
+    def trial(number: int, predicted: float, measured: float | None) -> StoredTrial:
+        return StoredTrial(number, variant.with_(num_warps=number), "ok", "", predicted, measured, 0.1, 64, 0, 1024)
+
+    def winner(precision: str, predicted: float, measured: float | None) -> Winner:
+        evidence = "measured" if measured else "predicted"
+        chosen = variant.with_(precision=precision)
+        return Winner(problem, "a100", precision, evidence, chosen, predicted, measured, 64, 0, 1024, "hash", 1, path)
+
+    found = Summary(problem, [winner("bf16", 1.0, None), winner("tf32", 4.0, 20.0)], [trial(2, 1.0, None), trial(4, 4.0, 20.0)], 2)
+    _report(_Voice(False), [found], [problem], path)
+    out = capsys.readouterr().out
+    assert "the best 1 of 1 measured" in out
+    assert "20.0 µs  100.0 % of best" in out
+    assert " 1.0 µs" not in out
+    assert "20.0 µs measured (tf32); to pin it" in out
 
 
 def test_render_writes_a_module_that_imports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

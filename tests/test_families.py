@@ -90,6 +90,7 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
     for word in (
         "product uses",
         "NVIDIA's",
+        "subnormal",
         "fragment",
         "score tile",
         "output tiles",

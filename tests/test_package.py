@@ -67,5 +67,6 @@ def test_an_installed_wheel_renders_and_shows(wheel: Path, tmp_path: Path) -> No
         "render", "sinkhorn", "--gpu", "h100", "--winner", "--shape", "4096x4096x64", "schedule=symmetric"
     )
     winners = json.loads(otgen("show", "--gpu", "h100", "--json"))
+    assert winners
     assert {winner["evidence"] for winner in winners} <= {"predicted", "measured"}
     assert len({(winner["n"], winner["d"]) for winner in winners}) == 20

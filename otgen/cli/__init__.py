@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 import click
@@ -37,15 +38,20 @@ def otgen() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. An OtgenError becomes one line on stderr and its own exit code."""
+    """Entry point. An OtgenError becomes one line on stderr and its own exit code, a warning one line."""
     try:
-        sys.exit(otgen.main(arguments, prog_name="otgen", standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: click.echo(f"otgen: {message}", err=True)
+            sys.exit(otgen.main(arguments, prog_name="otgen", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except OtgenError as error:
         click.echo(f"otgen: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"otgen: {error}; name a place that can be read and written", err=True)
+        sys.exit(OtgenError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("otgen: interrupted", err=True)
         sys.exit(INTERRUPTED)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from otgen.errors import NoValidVariant, UsageError, unknown
 from otgen.families import family
 from otgen.gpus import Gpu
-from otgen.precision import MODES
+from otgen.precision import MODES, mode_name
 from otgen.problem import Problem, Value, Variant, parse_shape
 
 
@@ -41,11 +41,18 @@ def parse_variant(problem: Problem, axes: dict[str, Value], gpu: Gpu, *, winner:
     Raises UsageError for a value outside the space, NoValidVariant for a combination that is not legal on `gpu`.
     """
     kind = family(problem.family)
+    if "precision" in axes:
+        axes = {**axes, "precision": mode_name(str(axes["precision"]))}
     if winner:
-        from otgen.dispatch import choose
+        from otgen.dispatch import choose, cure
 
         modes = (str(axes["precision"]),) if "precision" in axes else tuple(MODES)
-        base = choose(problem.family, gpu.slug, problem.n, problem.m, problem.d, problem.dtype, problem.flags, modes).variant
+        choice = choose(problem.family, gpu.slug, problem.n, problem.m, problem.d, problem.dtype, problem.flags, modes)
+        if choice.cache == "default":
+            raise NoValidVariant(
+                f"expected a stored winner for {problem} on {gpu.slug}; found none; run `{cure(problem, gpu.slug)}`"
+            )
+        base = choice.variant
     else:
         base = kind.default(problem)
     variant = kind.check(problem, base.with_(**axes))

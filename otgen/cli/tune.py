@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from otgen.errors import NoValidVariant, UsageError, unknown
+from otgen.errors import NoValidVariant, OtgenError, UsageError, unknown
 from otgen.families import FAMILIES, family
 from otgen.gpus import Gpu, detect, gpu
 from otgen.problem import DTYPES, parse_shape
@@ -63,6 +63,7 @@ def tune(
     seconds = _seconds(budget) if budget else None
     target = detect() if slug == "auto" else gpu(slug)
 
+    from otgen.render import cache_is_writable
     from otgen.search import SAMPLERS
     from otgen.store import Store, default_path
     from otgen.tuner import Settings, standard_problems
@@ -75,6 +76,7 @@ def tune(
         settings = Settings(max_trials, seconds, sampler, seed, jobs, settings.measured)
     problems = standard_problems(families or tuple(FAMILIES), parsed or None, dtypes)
     path = path or default_path()
+    cache_is_writable()
     say = _Voice(as_json)
     evidence = _evidence(target, settings)
     say(f"otgen tune: {len(problems)} problems for {target.slug} ({target.name}). {evidence}")
@@ -84,7 +86,9 @@ def tune(
             with _Bar(settings) as bar:
                 summaries.extend(run(problems, target, store, settings, bar.show))
         except KeyboardInterrupt:
-            say(f"Interrupted; every finished trial is stored in {path}. To go on: {shlex.join(['otgen', *sys.argv[1:]])}")
+            say(f"Interrupted; every finished trial is stored in {path}. To go on:")
+            say(f"  {shlex.join([sys.executable, '-m', 'otgen', *sys.argv[1:]])}")
+            say(evidence)
             raise
     _report(say, summaries, problems, path)
     if as_json:
@@ -92,8 +96,11 @@ def tune(
 
         click.echo(json.dumps([winner.to_json() for summary in summaries for winner in summary.winners], indent=1))
     say(evidence)
-    if not any(summary.winners for summary in summaries):
-        raise NoValidVariant(f"expected a variant that compiles and agrees with float64; found none; the trials in {path} say why")
+    if any(summary.winners for summary in summaries):
+        return
+    if not any(summary.trials for summary in summaries):
+        raise OtgenError(f"expected time for at least one trial; --budget {budget} ended first; type a longer one, such as 2m")
+    raise NoValidVariant(f"expected a variant that compiles and agrees with float64; found none; the trials in {path} say why")
 
 
 class _Voice:
@@ -153,12 +160,14 @@ def _report(say: _Voice, summaries: list[Summary], problems: list[Any], path: Pa
 
 
 def _top(say: _Voice, summary: Summary) -> None:
-    good = sorted((t for t in summary.trials if t.status == "ok" and t.us is not None), key=lambda trial: trial.us or 0.0)
+    """The best trials of the strongest evidence there is: measured ones, or else predicted ones, never both in one list."""
+    good = [trial for trial in summary.trials if trial.status == "ok" and trial.us is not None]
+    measured = [trial for trial in good if trial.measured_us is not None]
+    good = sorted(measured or good, key=lambda trial: trial.us or 0.0)
     if not good:
         return
     best = good[0].us or 1.0
-    measured = good[0].measured_us is not None
-    say(f"\n{summary.problem}: the best {min(TOP, len(good))} of {len(good)}, {'measured' if measured else 'predicted'}")
+    say(f"\n{summary.problem}: the best {min(TOP, len(good))} of {len(good)} {'measured' if measured else 'predicted'}")
     for trial in good[:TOP]:
         us = trial.us or 0.0
         say(f"  {us:10.1f} µs  {100 * best / us:5.1f} % of best  {trial.registers:3} registers  {trial.variant.text}")
@@ -169,7 +178,7 @@ def _pin(say: _Voice, summary: Summary) -> None:
     if not summary.winners:
         say(f"{summary.problem}: no winner")
         return
-    winner = min(summary.winners, key=lambda winner: winner.us)
+    winner = min(summary.winners, key=lambda winner: (winner.measured_us is None, winner.us))
     flags = "".join(f", {name}={value!r}" for name, value in summary.problem.flags)
     say(f"{summary.problem}: {winner.us:.1f} µs {winner.evidence} ({winner.precision}); to pin it:")
     say(f"  otgen.pin({summary.problem.family!r}{flags}, variant={dict(winner.variant)!r})")

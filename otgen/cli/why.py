@@ -13,6 +13,7 @@ from otgen.errors import UsageError
 from otgen.precision import MODES, mode_name
 from otgen.problem import Problem
 from otgen.ranking import centre
+from otgen.store import Store
 
 
 @click.command()
@@ -35,6 +36,9 @@ def why(family: str, shape: str, flags: tuple[str, ...], gpu: str, dtype: str, p
         )
     modes = (mode_name(precision),) if precision else tuple(MODES)
     slug = gpus.gpu(gpu).slug
+    if path:
+        with Store.open(path, readonly=True):
+            pass
     explanation = Dispatcher([path] if path else None).explain(problem, slug, modes)
     click.echo(f"{problem} on {slug}, precision {', '.join(modes)}")
     click.echo(f"looked up as {centre(problem).shape}: n and m rounded to powers of two")

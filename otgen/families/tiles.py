@@ -83,6 +83,8 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
 
     if problem.dtype != "fp32" and precision != problem.dtype:
         return f"{problem.dtype} coordinates hold no more than a {problem.dtype} product uses"
+    if block_w and precision == "fp16" and problem.dtype != "fp16":
+        return "weights of about 1/m are subnormal in the second product's fp16"
     if gpu.backend == "hip" and precision in ("tf32", "tf32x3"):
         return f"{precision} products are NVIDIA's"
     if (block_m // 16) * (block_n // 8) < warps:
