@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen import families, gpus
 from otgen.errors import NoValidVariant, StoreError, UsageError, unknown
-from otgen.problem import Problem, Value, Variant
+from otgen.problem import LARGEST_DIMENSION, Problem, Value, Variant
 from otgen.ranking import Cache, Candidate, centre, ranked, stale
 from otgen.store import TuningWarning, Winner, default_path, overlay, read_winners, shipped
 
@@ -95,7 +95,7 @@ class Dispatcher:
         """
         kind = families.family(family)
         problem = kind.problem(1, 1, 1, **flags)
-        largest = kind.problem(1, 1, 1 << 20, **flags)
+        largest = kind.problem(1, 1, LARGEST_DIMENSION, **flags)
         self._pins[family, problem.flags] = kind.check(largest, variant)
         self.forget()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Mode:
     """A precision mode.
 
-    floor       L1 marginal error reached per unit of R²/eps, by emulation in 2-D (about 3× lower in 64-D)
+    floor       L1 marginal error, as a share of the mass, reached per unit of R²/eps, by emulation in 2-D (about 3× lower in 64-D)
     products    how many tensor-core products of type `unit` replace one exact product
     unit        the operand type the tensor core sees; "fma" when it is not used
     mantissa    bits of an operand, the implicit one included (the emulated rounding of `rounded`)

@@ -165,7 +165,8 @@ class Family:
     """One kernel family: the same name in templates/, otgen/families/, tests/ and the database.
 
     flags      name → the values it may take; ``int`` stands for any positive integer
-    axes       problem → axis → the values that may be tried (before `fits`)
+    axes       problem → axis → the values that may be tried (before `fits`); BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages,
+               precision and stabiliser are always among them (`otgen.families.tiles.tile_axes`): the model and the checks read them
     fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality. Smaller n
                or m may forbid more, never less
     default    problem → the variant used when nothing was tuned: legal on every GPU of the table

@@ -65,6 +65,11 @@ CASES = {
     "tol < 0": ((X, Y), {"tol": -1e-3}, r"above 0 for tol; got -0\.001"),
     "max_iter = 0": ((X, Y), {"max_iter": 0}, "at least 1 for max_iter; got 0"),
     "max_iter of the wrong type": ((X, Y), {"max_iter": 1e3}, r"at least 1 for max_iter; got 1000\.0"),
+    "a flag for max_iter": ((X, Y), {"max_iter": True}, "at least 1 for max_iter; got True"),
+    "a flag for reg": ((X, Y), {"reg": np.True_}, "above 0 for reg; got .*True"),
+    "a flag for tol": ((X, Y), {"tol": False}, "above 0 for tol; got False"),
+    "sparse points": ((X.to_sparse(), Y), {}, r"a dense tensor for X_a; got a sparse_coo one; type X_a\.to_dense\(\)"),
+    "points without values": ((X.to("meta"), Y.to("meta")), {}, "points with values in X_a; got a meta tensor; type device='cpu'"),
     "one potential": ((X, Y), {"potentials_init": A}, r"a pair \(f, g\) for potentials_init; got Tensor"),
     "potentials exchanged": ((X, Y), {"potentials_init": (B, A)}, r"potentials_init\[0\] of shape \(6\); got \(4,\)"),
     "NaN potentials": ((X, Y), {"potentials_init": (A * torch.nan, B)}, "expected finite potentials_init"),
@@ -108,7 +113,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones(options, message):
     ("values", "axis", "message"),
     [
         (torch.ones(5), 0, r"expected v of shape \(6\); got \(5,\)"),
-        (torch.ones(6), 1, r"expected v of shape \(4\)"),
+        (torch.ones(6), 1, r"expected v of shape \(4\) or \(4, k\) for axis=1; got \(6,\); type axis=0"),
+        (torch.ones(4, 2), 0, r"expected v of shape \(6\) .*; got \(4, 2\); type axis=1"),
         (torch.ones(6, 0), 0, r"expected v of shape \(6, k\); got \(6, 0\)"),
         (torch.ones(6, dtype=torch.float64), 0, "expected v in X_a's dtype float32"),
         (torch.ones(6), 2, r"expected axis 0 \(sums over X_a\) or 1"),
@@ -126,6 +132,11 @@ def test_what_rounding_explains_is_accepted():
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         a = weights.to(dtype) / weights.to(dtype).sum()
         assert otgen.solve_sample(X.to(dtype), Y.to(dtype), a, reg=0.1, tol=2e-2).converged
+
+
+def test_numbers_may_be_numpy_s():
+    result = otgen.solve_sample(X, Y, reg=np.float32(0.1), tol=np.float64(1e-3), max_iter=np.int64(50))
+    assert result.converged
 
 
 def test_a_refusal_costs_no_sweep(monkeypatch):

@@ -298,3 +298,23 @@ def test_a_hot_hit_imports_nothing_heavy(path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_pinned_variant_is_taken_whatever_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pin` decides for its flags and no others, without a warning; where it does not fit it is refused, never replaced."""
+    install(monkeypatch)
+    dispatcher = Dispatcher([])
+    wanted = variant("tf32", BLOCK_M=16, BLOCK_K=64)
+    dispatcher.pin("toy", schedule="symmetric", variant=dict(wanted))
+    flags = (("schedule", "symmetric"), ("width", 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice = dispatcher.choose("toy", "a100", 100, 100, 64, "fp32", flags, ("ieee",))
+    assert (choice.variant, choice.cache, choice.source) == (wanted, "pinned", None)
+    with pytest.warns(TuningWarning, match="default"):
+        other = dispatcher.choose("toy", "a100", 100, 100, 64, "fp32", (("schedule", "alternating"), ("width", 1)), MODES)
+    assert other.cache == "default"
+    with pytest.raises(NoValidVariant, match="expected the pinned variant to fit"):
+        dispatcher.choose("toy", "a100", 100, 100, 16, "fp32", flags, MODES)
+    with pytest.raises(UsageError, match="expected BLOCK_M among"):
+        dispatcher.pin("toy", schedule="symmetric", variant=dict(wanted.with_(BLOCK_M=17)))

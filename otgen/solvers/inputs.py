@@ -38,8 +38,8 @@ class Given:
     numpy: bool
 
     def answer(self, value: Tensor) -> Any:
-        """`value` in the caller's dtype and kind."""
-        value = value.to(self.x.dtype)
+        """`value` in the caller's kind, in float64 for float64 points and in float32 for all others: float16 would overflow."""
+        value = value.to(working_dtype(self.x))
         return value.numpy()[()] if self.numpy else value
 
     def argument(self, name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
@@ -51,7 +51,7 @@ class Given:
         if tensor.ndim != len(shape) or any(size == 0 or want not in (None, size) for size, want in zip(tensor.shape, shape)):
             wanted = ", ".join("k" if size is None else str(size) for size in shape)
             raise InputError(f"expected {name} of shape ({wanted}); got {_shape(tensor)}; type {name}.reshape({wanted})")
-        _alike(name, tensor, self.x)
+        _alike(name, tensor, self.x, "X_a", working_dtype(self.x))
         return tensor.detach().to(working_dtype(self.x)).contiguous()
 
 
@@ -60,9 +60,9 @@ class Clouds:
     """What the kernels take: float32 (float64 for float64 points), contiguous, `shift` subtracted from all points.
 
     x, y        (n, d), (m, d) centred points;  x_sq, y_sq  their squared norms
-    a, b        (n,), (m,) weights of equal total mass
+    a, b        (n,), (m,) weights, never the caller's own tensors;  mass  the total weight of a, and up to rounding of b
     shift       (d,) mean of both clouds, one vote for each point
-    radius      largest norm of a centred point
+    radius      largest norm of a centred point;  reach  the same over points of positive weight
     """
 
     x: Tensor
@@ -72,11 +72,13 @@ class Clouds:
     x_sq: Tensor
     y_sq: Tensor
     shift: Tensor
+    mass: float
     radius: float
+    reach: float
 
     @cached_property
     def swapped(self) -> Clouds:
-        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.radius)
+        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.mass, self.radius, self.reach)
 
 
 def working_dtype(points: Tensor) -> torch.dtype:
@@ -87,6 +89,8 @@ def read(X_a: Any, X_b: Any, a: Any, b: Any) -> Given:
     """The caller's points and weights as tensors. Raises InputError for a wrong kind, dtype, device or shape."""
     numpy = isinstance(X_a, np.ndarray)
     x, y = _tensor("X_a", X_a, numpy), _tensor("X_b", X_b, numpy)
+    if x.is_meta:
+        raise InputError("expected points with values in X_a; got a meta tensor; type device='cpu' where it is made")
     for name, points in (("X_a", x), ("X_b", y)):
         if points.ndim != 2:
             hint = f"{name}[:, None] for points on a line" if points.ndim == 1 else "one cloud at a time"
@@ -113,8 +117,9 @@ def centre(given: Given) -> Clouds:
     x, y = (x - shift).contiguous(), (y - shift).contiguous()
     x_sq, y_sq = x.square().sum(1), y.square().sum(1)
     a, b = _measure(given.a, x), _measure(given.b, y)
-    facts = (x_sq.max(), y_sq.max(), a.min(), b.min(), a.sum(dtype=torch.float64), b.sum(dtype=torch.float64))
-    x_most, y_most, a_least, b_least, a_mass, b_mass = torch.stack([fact.double() for fact in facts]).tolist()
+    weighted = torch.maximum(torch.where(a > 0, x_sq, 0.0).max(), torch.where(b > 0, y_sq, 0.0).max())
+    facts = (x_sq.max(), y_sq.max(), weighted, a.min(), b.min(), a.sum(dtype=torch.float64), b.sum(dtype=torch.float64))
+    x_most, y_most, reach_sq, a_least, b_least, a_mass, b_mass = torch.stack([fact.double() for fact in facts]).tolist()
     if not math.isfinite(x_most + y_most):
         _refuse_points(given)
     for name, least, mass in (("a", a_least, a_mass), ("b", b_least, b_mass)):
@@ -124,13 +129,13 @@ def centre(given: Given) -> Clouds:
             raise InputError(f"expected weights {name} that are not negative; got {least:g}; type {name}.clip(0) or mend the data")
         if mass == 0:
             raise InputError(f"expected a positive total weight in {name}; got zeros only; leave {name} out for uniform weights")
-    tolerance = max(MASS_TOLERANCE[w.dtype] for w in (given.a, given.b, given.x) if w is not None)
+    tolerance = max((MASS_TOLERANCE[w.dtype] for w in (given.a, given.b) if w is not None), default=MASS_TOLERANCE[dtype])
     if abs(a_mass - b_mass) > tolerance * max(a_mass, b_mass):
         raise InputError(
             f"expected equal masses; got sum(a) = {a_mass:.9g} and sum(b) = {b_mass:.9g}; "
             "type a / a.sum() and b / b.sum() to normalise both, or a * (b.sum() / a.sum()) to rescale one"
         )
-    return Clouds(x, y, a, b, x_sq, y_sq, shift, math.sqrt(max(x_most, y_most)))
+    return Clouds(x, y, a, b, x_sq, y_sq, shift, a_mass, math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
 
 
 def _tensor(name: str, value: Any, numpy: bool) -> Tensor:
@@ -139,6 +144,9 @@ def _tensor(name: str, value: Any, numpy: bool) -> Tensor:
             raise InputError(f"expected numbers in {name}; got dtype {value.dtype}; type {name}.astype(numpy.float32)")
         return torch.from_numpy(np.array(value, order="C", dtype=value.dtype.newbyteorder("=")))
     if isinstance(value, Tensor) and not numpy:
+        if value.layout != torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            raise InputError(f"expected a dense tensor for {name}; got a {layout} one; type {name}.to_dense()")
         return value
     kind, cure = ("a numpy array, as X_a is,", "numpy.asarray") if numpy else ("a torch tensor", "torch.as_tensor")
     raise InputError(f"expected {kind} for {name}; got {type(value).__module__}.{type(value).__name__}; type {cure}({name})")
@@ -153,20 +161,17 @@ def _weights(name: str, value: Any, points: Tensor, cloud: str, numpy: bool) -> 
             f"expected weights {name} of shape ({points.shape[0]},), one for each point of {cloud}; got {_shape(weights)}; "
             f"type {name}.reshape(-1) or mend the data"
         )
-    if not (weights.dtype == torch.float32 and points.dtype in (torch.float16, torch.bfloat16)):
-        _alike(name, weights, points, cloud)
-    elif weights.device != points.device:
-        _alike(name, weights.to(points.dtype), points, cloud)
+    _alike(name, weights, points, cloud, working_dtype(points))
     return weights
 
 
-def _alike(name: str, tensor: Tensor, points: Tensor, cloud: str = "X_a") -> None:
-    """Raise InputError unless `tensor` has the device and dtype of `points`."""
+def _alike(name: str, tensor: Tensor, points: Tensor, cloud: str, or_dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless `tensor` has the device and dtype of `points`, or the dtype named."""
     if tensor.device != points.device:
         raise InputError(
             f"expected {name} on {cloud}'s device {points.device}; got {tensor.device}; type {name}.to({cloud}.device)"
         )
-    if tensor.dtype != points.dtype:
+    if tensor.dtype not in (points.dtype, or_dtype):
         raise InputError(
             f"expected {name} in {cloud}'s dtype {_dtype(points)}; got {_dtype(tensor)}; "
             f"type {name}.to({cloud}.dtype), or {name}.astype({cloud}.dtype) in numpy"
@@ -175,7 +180,7 @@ def _alike(name: str, tensor: Tensor, points: Tensor, cloud: str = "X_a") -> Non
 
 def _measure(weights: Tensor | None, points: Tensor) -> Tensor:
     n = points.shape[0]
-    return points.new_full((n,), 1.0 / n) if weights is None else weights.detach().to(points.dtype).contiguous()
+    return points.new_full((n,), 1.0 / n) if weights is None else weights.detach().to(points.dtype, copy=True).contiguous()
 
 
 def _refuse_points(given: Given) -> NoReturn:

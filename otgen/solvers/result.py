@@ -18,20 +18,23 @@ PLAN_LIMIT = 1 << 30
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve ended before the marginal error asked for was reached."""
+    """A solve ended before the marginal error asked for was reached, or float32 cannot hold what it reports."""
 
 
 class OTResult:
     """A solved entropic transport problem between X_a (n, d) and X_b (m, d), with C = |x − y|².
 
     Potentials follow GeomLoss and FlashSinkhorn, weights outside:  P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg). (OTT's potentials
-    are f + reg·log a, g + reg·log b.) Answers have the kind, device and dtype of X_a. What needs a further sweep is computed when
-    first asked for, and kept. Nothing but `value` is differentiable.
+    are f + reg·log a, g + reg·log b.) Answers have the kind and device of X_a; they are float64 for float64 points, and float32 for
+    all others, half precision included, whose range they could leave. What needs a further sweep is computed when first asked for,
+    and kept. Nothing but `value` is differentiable; gradients have the dtype of the leaf.
 
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
-                    is 2(r∘x − P y) in x, likewise in y, and f and g in a and b: potentials are defined up to (f + t, g − t),
-                    so only changes of weights that keep the masses equal have a meaning. Once differentiable.
-    marginal_error  Σ|r − a| + Σ|c − b| of the plan's marginals r = P·1, c = Pᵀ·1 (after an alternating solve c = b)
+                    is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
+                    up to (f + t, g − t), so only changes of weights that keep the masses equal have a meaning. Once
+                    differentiable.
+    marginal_error  (Σ|r − a| + Σ|c − b|)/Σa of the plan's marginals r = P·1, c = Pᵀ·1 (after an alternating solve c = b): the
+                    share of the mass that is in the wrong place
     n_iters         updates of the pair of potentials;  passes  sweeps over the n × m pairs that they took
     stop            "tol"; "max_iter"; "precision floor", rounding kept the error from falling any further; or "nan", the sums did
                     not fit the range of the dtype
@@ -45,7 +48,7 @@ class OTResult:
         self._solution, self._given = solution, given
         self.reg = solution.eps
         self.value: Any = given.answer(value)
-        self._value = value.detach()
+        self._value = value.detach().clone()
         self.marginal_error: float = outcome.error
         self.n_iters: int = outcome.n_iters
         self.passes: int = outcome.passes
@@ -92,12 +95,12 @@ class OTResult:
     @cached_property
     def marginal_a(self) -> Any:
         """r = P·1 (n,)."""
-        return self._given.answer(self._solution.outcome.r)
+        return self._given.answer(self._solution.outcome.r.clone())
 
     @cached_property
     def marginal_b(self) -> Any:
         """c = Pᵀ·1 (m,)."""
-        return self._given.answer(self._solution.outcome.c)
+        return self._given.answer(self._solution.outcome.c.clone())
 
     @property
     def marginals(self) -> tuple[Any, Any]:
@@ -121,9 +124,13 @@ class OTResult:
         """
         if axis not in (0, 1):
             raise InputError(f"expected axis 0 (sums over X_a) or 1 (over X_b); got {axis!r}; type axis=1 for P·v")
-        clouds = self._solution.clouds
-        size = (clouds.x if axis == 0 else clouds.y).shape[0]
-        shape = (size,) if getattr(v, "ndim", 1) == 1 else (size, None)
+        size, other = self._solution.clouds.x.shape[0], self._solution.clouds.y.shape[0]
+        if axis == 1:
+            size, other = other, size
+        came = tuple(getattr(v, "shape", ()))
+        if size != other and came[:1] == (other,):
+            raise InputError(f"expected v of shape ({size}) or ({size}, k) for axis={axis}; got {came}; type axis={1 - axis}")
+        shape = (size,) if len(came) <= 1 else (size, None)
         return self._given.answer(self._solution.apply(self._given.argument("v", v, shape), transposed=axis == 0))
 
     @cached_property

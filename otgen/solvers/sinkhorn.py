@@ -22,7 +22,10 @@ GPU_INTERVAL = 8
 """Iterations between two looks at the error on a GPU: each look waits for the device. On a CPU it is looked at every time."""
 
 PATIENCE = 100
-"""Iterations without a new smallest error after which rounding is taken to hold it where it is."""
+"""Iterations without a new smallest error after which rounding is taken to hold an error near its floor where it is."""
+
+FLOOR_SLACK = 30.0
+"""How far above the floor predicted for a precision an error may stall and rounding still be the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,7 @@ class Outcome:
 
     u, v      (n,), (m,) scaled potentials
     r, c      (n,), (m,) marginals of their plan
-    error     L1 marginal error of (u, v):  Σ|r − a| + Σ|c − b|
+    error     marginal error of (u, v), a share of the mass:  (Σ|r − a| + Σ|c − b|)/mass
     n_iters   updates of the pair;  passes  sweeps over the n × m pairs (rows redone with the running maximum are not counted)
     """
 
@@ -47,9 +50,10 @@ class Outcome:
 
 @dataclass
 class Watch:
-    """Says when to stop."""
+    """Says when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass."""
 
     tol: float
+    floor: float
     max_iter: int
     interval: int
     best: float = field(default=math.inf, init=False)
@@ -70,15 +74,17 @@ class Watch:
             self.best, self.best_at = error, n
         if n - self.best_at < PATIENCE:
             return None
-        return "precision floor" if math.isfinite(self.best) else "nan"
+        if not math.isfinite(self.best):
+            return "nan"
+        return "precision floor" if self.best <= FLOOR_SLACK * self.floor else None
 
 
 def alternating(
-    clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, max_iter: int
+    clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, floor: float, max_iter: int
 ) -> Outcome:
     """Gauss–Seidel, f ← T_f(g) then g ← T_g(f), from (u, v). Its columns fit exactly, so the error is that of the rows."""
     x, y, a, b, x_sq, y_sq = clouds.x, clouds.y, clouds.a, clouds.b, clouds.x_sq, clouds.y_sq
-    watch = Watch(tol, max_iter, _interval(x))
+    watch = Watch(tol, floor, max_iter, _interval(x))
     u_next, _ = ops.sinkhorn_half_step(x, y, u, v, b, x_sq, scale=scale, modes=modes)
     n = 0
     while True:
@@ -88,12 +94,14 @@ def alternating(
         u_next, rho = ops.sinkhorn_half_step(x, y, u, v, b, x_sq, scale=scale, modes=modes)
         if watch.due(n):
             r = _marginal(a, rho)
-            error = float((r - a).abs().sum())
+            error = float((r - a).abs().sum()) / clouds.mass
             if stop := watch.stop(error, n):
                 return Outcome(u, v, r, b, error, n, 1 + 2 * n, stop)
 
 
-def symmetric(clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, max_iter: int) -> Outcome:
+def symmetric(
+    clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, floor: float, max_iter: int
+) -> Outcome:
     """Averaged Jacobi, (f, g) ← ((f + T_f(g))/2, (g + T_g(f))/2), both from the old pair.
 
     It starts from (T_f(g), T_g(f)) of the pair given. After at most max_iter − 1 averaged steps one full step (T_f(g), T_g(f))
@@ -102,14 +110,14 @@ def symmetric(clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tupl
     x, y, a, b, x_sq, y_sq = clouds.x, clouds.y, clouds.a, clouds.b, clouds.x_sq, clouds.y_sq
     choice = ops.kernel("sinkhorn", x, y, ops.SYMMETRIC, modes).choice
     sweeps = 1 if choice is None or choice.variant["fusion"] == "one_sweep" else 2
-    watch = Watch(tol, max_iter - 1, _interval(x))
+    watch = Watch(tol, floor, max_iter - 1, _interval(x))
 
     def step(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return ops.sinkhorn_symmetric_step(x, y, u, v, a, b, x_sq, y_sq, scale=scale, modes=modes)
 
     def met(rho: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, float]:
         r, c = _marginal(a, rho), _marginal(b, gamma)
-        return r, c, float((r - a).abs().sum() + (c - b).abs().sum())
+        return r, c, float((r - a).abs().sum() + (c - b).abs().sum()) / clouds.mass
 
     u_half, v_half, _, _ = step(u, v)
     u, v = 2.0 * u_half - u, 2.0 * v_half - v

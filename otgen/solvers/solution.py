@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otgen import ops
 from otgen.errors import UsageError
-from otgen.solvers.inputs import Clouds, Given
+from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
 
 if TYPE_CHECKING:
@@ -63,28 +63,33 @@ class Solution:
         a, b = self.clouds.a.double(), self.clouds.b.double()
         return a @ self.f.double() + b @ self.g.double() + self.eps * (a.sum() * b.sum() - self.outcome.r.double().sum())
 
-    def apply(self, values: Tensor, *, transposed: bool = False, conditional: bool = False) -> Tensor:
-        """P·values, or Pᵀ·values; conditional: each row of P counted with weight 1 instead of a_i."""
-        cloud, u, v = self.clouds, self.outcome.u, self.outcome.v
-        if transposed:
-            cloud, u, v = cloud.swapped, v, u
-        a = torch.ones_like(cloud.a) if conditional else cloud.a
-        return ops.apply_plan(cloud.x, cloud.y, u, v, a, cloud.b, values, scale=scale(self.eps), modes=self.modes)
+    def weight_gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n,): f + eps·(Σb − 1), the derivative of the dual in a; (m,): g + eps·(Σa − 1), that in b, when transposed."""
+        return (self.g if transposed else self.f) + self.eps * (self.clouds.mass - 1.0)
+
+    def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
+        """P·values, or Pᵀ·values."""
+        cloud, u, v = self._sides(transposed)
+        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, scale=scale(self.eps), modes=self.modes)
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame.
 
-        The row sums come with the same sweep, so a map is an exact convex combination, of points without weight too.
+        The shift of a row cancels in its mean. One half step finds the shift for which its sum is 1, where nothing over- or
+        underflows, whatever the state of the pair; a second sweep gives means and sums, so a map is an exact convex combination,
+        of points without weight too.
         """
-        points = self.clouds.x if transposed else self.clouds.y
-        sums = self.apply(torch.cat((points, torch.ones_like(points[:, :1])), 1), transposed=transposed, conditional=True)
-        return sums[:, :-1] / sums[:, -1:] + self.clouds.shift
+        cloud, u, v = self._sides(transposed)
+        options: dict[str, Any] = {"scale": scale(self.eps), "modes": self.modes}
+        u, _ = ops.sinkhorn_half_step(cloud.x, cloud.y, u, v, cloud.b, cloud.x_sq, **options)
+        values = torch.cat((cloud.y, torch.ones_like(cloud.y[:, :1])), 1)
+        sums = ops.apply_plan(cloud.x, cloud.y, u, v, torch.ones_like(cloud.a), cloud.b, values, **options)
+        return sums[:, :-1] / sums[:, -1:] + cloud.shift
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
-        cloud, u, v, marginal = self.clouds, self.outcome.u, self.outcome.v, self.outcome.r
-        if transposed:
-            cloud, u, v, marginal = cloud.swapped, v, u, self.outcome.c
+        cloud, u, v = self._sides(transposed)
+        marginal = self.outcome.c if transposed else self.outcome.r
         return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, scale=scale(self.eps), modes=self.modes)
 
     def linear_cost(self) -> Tensor:
@@ -99,6 +104,12 @@ class Solution:
         scores = torch.addmm(self.outcome.v, self.clouds.x, self.clouds.y.T, alpha=scale(self.eps)).add_(self.outcome.u[:, None])
         return torch.where((a > 0) & (b > 0), scores.exp2_().mul_(a).mul_(b), 0.0)
 
+    def _sides(self, transposed: bool) -> tuple[Clouds, Tensor, Tensor]:
+        """The clouds and their scaled potentials, exchanged when transposed."""
+        if transposed:
+            return self.clouds.swapped, self.outcome.v, self.outcome.u
+        return self.clouds, self.outcome.u, self.outcome.v
+
 
 class DualValue(torch.autograd.Function):
     """The dual objective with the gradient of the transport cost: by the envelope theorem the potentials count as constants."""
@@ -107,7 +118,7 @@ class DualValue(torch.autograd.Function):
     def forward(ctx: Any, solution: Solution, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
         ctx.solution = solution
         ctx.save_for_backward(x, y, a, b)
-        return solution.dual().to(x.dtype)
+        return solution.dual().to(working_dtype(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,8 +126,8 @@ class DualValue(torch.autograd.Function):
         derivatives: tuple[Callable[[], Tensor], ...] = (
             solution.gradient,
             lambda: solution.gradient(transposed=True),
-            lambda: solution.f,
-            lambda: solution.g,
+            solution.weight_gradient,
+            lambda: solution.weight_gradient(transposed=True),
         )
         with torch.no_grad():
             wanted = zip(derivatives, ctx.needs_input_grad[1:], ctx.saved_tensors)
@@ -138,6 +149,6 @@ class Once(torch.autograd.Function):
 
 
 def value(solution: Solution, given: Given) -> Tensor:
-    """The dual objective as a scalar of the caller's dtype, differentiable in the caller's points and weights."""
+    """The dual objective as a scalar of the working dtype, differentiable in the caller's points and weights."""
     result: Tensor = DualValue.apply(solution, given.x, given.y, given.a, given.b)  # type: ignore[no-untyped-call]
     return result
