@@ -18,12 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from otgen.candidates import legal_variants
+from otgen.candidates import first_variants, legal_variants
 from otgen.compile import inspect_variant
 from otgen.families import FAMILIES
 from otgen.gpus import gpu
 from otgen.model import predict
 from otgen.pool import Pool, Role
+from otgen.problem import Variant
 from otgen.workload import launch_costs
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "toolchain.json"
@@ -40,10 +41,18 @@ def whole_process_ms(*command: str) -> float:
 
 
 def variants_per_minute(seconds: float, slug: str = "a100") -> tuple[float, int]:
-    """Random legal variants of every family at 4096×4096×64, compiled and predicted; failures count as what they are, work done."""
+    """What a fresh `otgen tune` tries first for every family at 4096×4096×64, in all precision modes, compiled and predicted.
+
+    Failures count as what they are, work done.
+    """
     target, chooser = gpu(slug), random.Random(0)
     problems = [kind.problem(4096, 4096, 64, **flags) for kind in FAMILIES.values() for flags in kind.standard(64)]
-    tasks = [(problem, variant) for problem in problems for variant in chooser.sample(legal_variants(problem, target), 40)]
+    tasks = []
+    for problem in problems:
+        modes: dict[str, list[Variant]] = {}
+        for variant in legal_variants(problem, target):
+            modes.setdefault(str(variant["precision"]), []).append(variant)
+        tasks += [(problem, variant) for legal in modes.values() for variant in first_variants(problem, target, legal, [], 6)]
     chooser.shuffle(tasks)
     with tempfile.TemporaryDirectory() as cache:
         environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache, "OTGEN_CACHE": cache}
