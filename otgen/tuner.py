@@ -41,7 +41,7 @@ class Settings:
     compile_limit  seconds a compilation or a check may take
     """
 
-    max_trials: int = 36
+    max_trials: int = 24
     budget: float | None = None
     sampler: str = "tpe"
     seed: int = 0
