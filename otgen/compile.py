@@ -23,7 +23,7 @@ from otgen.problem import BYTES, Problem, Spec, Variant
 from otgen.resources import template_hash
 from otgen.workload import CompiledLaunch, tile_mix
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,9 @@ MODES: dict[str, Mode] = {
 }
 """Every mode, most accurate first."""
 
+LOG2_E = 1.4426950408889634
+"""log2(e): kernels work in base 2."""
+
 ALIASES = {"fp32": "ieee"}
 
 FP16_RANGE = (6e-2, 6e4)
@@ -79,7 +82,7 @@ def admissible(radius: float, eps: float, tol: float, cost: float = 1.0) -> tupl
 def representable(mode: str, radius: float, eps: float, cost: float = 1.0) -> bool:
     """Whether coordinates, and those scaled by 2·cost·log2(e)/eps, stay inside the range of the mode's operands."""
     smallest, largest = FP16_RANGE
-    scaled = 2.0 * cost * 1.4426950408889634 / eps * radius
+    scaled = 2.0 * cost * LOG2_E / eps * radius
     return mode != "fp16" or (smallest < min(radius, scaled) and max(radius, scaled) < largest)
 
 

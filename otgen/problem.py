@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("fp32", "bf16", "fp16")
 """Storage types of the coordinates; potentials, weights and sums are always fp32."""
 
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 LARGEST_CLOUD, LARGEST_DIMENSION = (1 << 31) - 1, 1 << 16
 """Points are counted in 32 bits; offsets of coordinates in 64."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen.errors import OtgenError
 from otgen.families import family
+from otgen.families.tiles import torch_dtype
 from otgen.problem import Problem, Spec, Variant
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _argument(spec: Spec | float, value: Any, device: str) -> torch.Tensor | flo
 
     if not isinstance(spec, Spec):
         return float(value)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.dtype]
+    dtype = torch_dtype(spec.dtype)
     if spec.role == "in":
         tensor: torch.Tensor = value.to(dtype).contiguous().to(device)
         return tensor

@@ -8,6 +8,7 @@ import torch
 from otgen.families import family, sinkhorn, tiles
 from otgen.problem import Problem, Variant
 from otgen.render import load
+from otgen.verify import call_arguments
 
 KIND = family("sinkhorn")
 SYMMETRIC = KIND.problem(70, 45, 5, schedule="symmetric")
@@ -17,14 +18,7 @@ ALTERNATING = KIND.problem(70, 45, 5)
 def run(problem: Problem, given: dict[str, torch.Tensor], **axes: int | str) -> dict[str, torch.Tensor]:
     """The outputs of an interpreted kernel, in float64."""
     variant = KIND.default(problem).with_(BLOCK_M=32, BLOCK_N=16, **axes)
-    call = {}
-    for name, spec in KIND.arguments(problem).items():
-        if isinstance(spec, float):
-            call[name] = given[name]
-        elif spec.role == "in":
-            call[name] = given[name].float().contiguous()
-        else:
-            call[name] = torch.full(spec.shape, torch.nan)
+    call = call_arguments(problem, given, "cpu")
     load(problem, variant).launch(**call)
     return {name: call[name].double() for name in KIND.reference(problem, given)}
 

@@ -8,20 +8,14 @@ import torch
 from otgen.families import family, tiles, transport
 from otgen.problem import Problem
 from otgen.render import load
+from otgen.verify import call_arguments
 
 KIND = family("transport")
 
 
 def run(problem: Problem, given: dict[str, torch.Tensor], **axes: int | str) -> torch.Tensor:
     variant = KIND.default(problem).with_(BLOCK_M=32, BLOCK_N=16, **axes)
-    call = {}
-    for name, spec in KIND.arguments(problem).items():
-        if isinstance(spec, float):
-            call[name] = given[name]
-        elif spec.role == "in":
-            call[name] = given[name].float().contiguous()
-        else:
-            call[name] = torch.full(spec.shape, torch.nan)
+    call = call_arguments(problem, given, "cpu")
     load(problem, variant).launch(**call)
     return call["out"].double()
 

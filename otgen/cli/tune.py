@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def tune(
         raise unknown("sampler", sampler, SAMPLERS)
     settings = Settings(max_trials, seconds, sampler, seed, measured=slug == "auto" or _is_here(target))
     if jobs:
-        settings = Settings(max_trials, seconds, sampler, seed, jobs, settings.measured)
+        settings = replace(settings, jobs=jobs)
     problems = standard_problems(families or tuple(FAMILIES), parsed or None, dtypes)
     path = path or default_path()
     cache_is_writable()

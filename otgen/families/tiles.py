@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from otgen.precision import MODES, rounded
+from otgen.precision import LOG2_E, MODES, rounded
 from otgen.problem import BYTES, Problem, Spec, Sweep, Value, Variant
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ def reuses_columns(problem: Problem, variant: Variant) -> bool:
     return is_resident(problem, variant) and variant["BLOCK_W"] == variant["BLOCK_K"]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's type of a storage type."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def points(count: int, problem: Problem) -> Spec:
     return Spec((count, problem.d), problem.dtype)
 
@@ -130,7 +137,7 @@ def clouds(problem: Problem, seed: int) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(seed)
     n, m, d = problem.n, problem.m, problem.d
-    storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[problem.dtype]
+    storage = torch_dtype(problem.dtype)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -145,7 +152,7 @@ def clouds(problem: Problem, seed: int) -> dict[str, Any]:
     y = (normal(m, d) / d**0.5 + 0.3 / d**0.5).to(storage).double()
     a, b = weights(n).float().double(), weights(m).float().double()
     cost, eps = 1.0, 0.4
-    kappa = 1.4426950408889634 / eps
+    kappa = LOG2_E / eps
     scale = 2.0 * cost * kappa
     x_sq, y_sq = (x * x).sum(1), (y * y).sum(1)
     u = (0.2 * kappa * normal(n) - 0.5 * scale * x_sq).float().double()

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from otgen import ops
 from otgen.errors import UsageError
+from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
 
 if TYPE_CHECKING:
     from otgen.dispatch import Choice
-
-LOG2_E = 1.4426950408889634
 
 
 def kappa(eps: float) -> float:
