@@ -76,8 +76,8 @@ def test_launches_and_grids_are_those_of_launch() -> None:
     }
     assert found == {
         "two_launches": [("half_step", (16,), 4), ("half_step", (8,), 4)],
-        "one_launch": [("both_steps", (24,), 4)],
-        "one_sweep": [("sweep", (16, 1), 4), ("finish", (24,), 4)],
+        "one_launch": [("update_both", (24,), 4)],
+        "one_sweep": [("sweep", (16, 1), 4), ("update_both", (24,), 4)],
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from jinja2.exceptions import UndefinedError
 from otgen.errors import UsageError
 from otgen.families import FAMILIES, family
 from otgen.problem import Problem, Variant
-from otgen.render import _environment, body_digest, file_name, load, save, source
+from otgen.render import HEADER_LINES, _environment, body_digest, file_name, load, save, source
 from otgen.resources import resource, template_hash
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,6 +120,37 @@ def test_the_command_in_the_header_reproduces_the_render() -> None:
     assert words[0] == "otgen"
     again = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=True).stdout
     assert again == text
+
+
+def test_a_render_runs_where_otgen_is_not_installed(tmp_path: Path) -> None:
+    """Copied elsewhere, with nothing but triton and torch, it computes its formula."""
+    problem, variant = CASES["sinkhorn_alternating"]
+    shutil.copy(save(problem, variant, tmp_path), tmp_path / "kernel.py")
+    script = """
+import sys
+sys.modules["otgen"] = None
+import torch, kernel
+x, y = torch.randn(5, 64) / 8, torch.randn(7, 64) / 8
+u, v, b, zero = torch.randn(5), torch.randn(7), torch.full((7,), 1 / 7), torch.zeros(5)
+out, rho = torch.empty(5), torch.empty(5)
+kernel.launch(x, y, u, v, b, zero, out, rho, 1.5, 1.0, 1.0)
+expected = (b * torch.exp2(u[:, None] + v + 1.5 * x @ y.T)).sum(1)
+assert torch.allclose(rho, expected, rtol=1e-5), (rho, expected)
+assert torch.allclose(out, u - expected.log2(), rtol=1e-5, atol=1e-5)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+
+
+def test_blocks_are_written_into_a_render_once_each() -> None:
+    found: set[str] = set()
+    for path in GOLDEN.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        own = re.findall(r"^(?:def )?(\w+)(?= = |\()", text, re.MULTILINE)
+        assert len(own) == len(set(own))
+        assert "otgen" not in text.split("\n", HEADER_LINES)[HEADER_LINES]
+        found |= set(own)
+    assert {"product", "score", "row_dots", "not_finite", "LARGEST_SUM"} <= found
 
 
 def test_sizes_do_not_change_the_body() -> None:

@@ -1,0 +1,59 @@
+"""Writes what a module uses of `otgen.blocks` into it, so that it needs nothing of otgen to run.
+
+A template imports the shared functions like any module, which keeps it a valid one; its render holds their source instead.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+BLOCKS = Path(__file__).with_name("blocks.py")
+
+
+def inlined(text: str) -> str:
+    """`text` without its ``from otgen.blocks import …``: the functions it calls, and theirs, stand ahead of its first kernel.
+
+    Their constants follow its own. Raises ValueError when `text` has no such line, or no kernel.
+    """
+    head, _, rest = text.partition("from otgen.blocks import ")
+    body = head + rest[rest.index("\n") + 2 :]
+    constants, functions = _needed(_names(ast.parse(body)))
+    first = body.index("@triton.jit\n")
+    return body[:first].rstrip() + "\n" + "\n\n\n".join(["\n".join(constants), *functions, body[first:]])
+
+
+def _needed(mentioned: set[str]) -> tuple[list[str], list[str]]:
+    """The constants and the functions behind these names, and behind the names those mention, in the order of blocks.py."""
+    sources, uses = _definitions()
+    needed: set[str] = set()
+    pending = mentioned & sources.keys()
+    while pending:
+        name = pending.pop()
+        needed.add(name)
+        pending |= uses[name] & sources.keys() - needed
+    chosen = [text for name, text in sources.items() if name in needed]
+    return [text for text in chosen if text[0] != "@"], [text for text in chosen if text[0] == "@"]
+
+
+@lru_cache
+def _definitions() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """Of everything blocks.py defines, the source and the names it mentions."""
+    text = BLOCKS.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    sources, uses = {}, {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            name, first = node.name, node.decorator_list[0].lineno
+        elif isinstance(node, ast.Assign):
+            name, first = ast.unparse(node.targets[0]), node.lineno
+        else:
+            continue
+        sources[name] = "\n".join(lines[first - 1 : node.end_lineno])
+        uses[name] = _names(node)
+    return sources, uses
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
