@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from otgen.compile import inspect_variant
+from otgen.compile import inspect_variants
 from otgen.families import family
 from otgen.gpus import gpu
 from otgen.pool import Pool, Role
@@ -27,9 +27,9 @@ def main() -> None:
         for path in shipped():
             for winner in read_winners(path, family="sinkhorn"):
                 if winner.problem == problem and winner.gpu in FLASH_SINKHORN:
-                    pool.submit("compile", winner, inspect_variant, problem, winner.variant, winner.gpu)
+                    pool.submit("compile", winner, inspect_variants, problem, [winner.variant], winner.gpu)
         for outcome in pool.outcomes():
-            winner, launches = outcome.key, outcome.value
+            winner, launches = outcome.key, outcome.value[0].launches
             sweeps = family("sinkhorn").work(problem, winner.variant).launches
             warps, lanes = winner.variant.int("num_warps"), gpu(winner.gpu).warp_size
             tile = winner.variant.int("BLOCK_M") * winner.variant.int("BLOCK_N")

@@ -18,13 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from otgen.candidates import first_variants, legal_variants
-from otgen.compile import inspect_variant
+from otgen.candidates import by_mode, first_variants, legal_variants
+from otgen.compile import inspect_variants
 from otgen.families import FAMILIES
 from otgen.gpus import gpu
 from otgen.model import predict
 from otgen.pool import Pool, Role
-from otgen.problem import Variant
+from otgen.run import GROUP
 from otgen.workload import launch_costs
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "toolchain.json"
@@ -49,28 +49,32 @@ def variants_per_minute(seconds: float, slug: str = "a100") -> tuple[float, int]
     problems = [kind.problem(4096, 4096, 64, **flags) for kind in FAMILIES.values() for flags in kind.standard(64)]
     tasks = []
     for problem in problems:
-        modes: dict[str, list[Variant]] = {}
-        for variant in legal_variants(problem, target):
-            modes.setdefault(str(variant["precision"]), []).append(variant)
-        tasks += [(problem, variant) for legal in modes.values() for variant in first_variants(problem, target, legal, [], 6)]
+        first = [
+            variant
+            for legal in by_mode(legal_variants(problem, target)).values()
+            for variant in first_variants(problem, target, legal, [], 6)
+        ]
+        chooser.shuffle(first)
+        tasks += [(problem, first[start : start + GROUP]) for start in range(0, len(first), GROUP)]
     chooser.shuffle(tasks)
     with tempfile.TemporaryDirectory() as cache:
         environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache, "OTGEN_CACHE": cache}
         with Pool(compile=Role(os.cpu_count() or 1, 120.0, environment)) as pool:
-            for problem, variant in tasks[:2]:
-                pool.submit("compile", None, inspect_variant, problem, variant, slug)
+            for problem, variants in tasks[:2]:
+                pool.submit("compile", None, inspect_variants, problem, variants, slug)
             list(pool.outcomes())  # the workers' imports are not the compiler's speed
             began, done, waiting = time.monotonic(), 0, iter(tasks[2:])
             while time.monotonic() - began < seconds:
                 while len(pool) < 4 and (task := next(waiting, None)):
-                    pool.submit("compile", task, inspect_variant, *task, slug)
+                    pool.submit("compile", task, inspect_variants, *task, slug)
                 if not len(pool):
                     break
                 outcome = pool.next()
-                if outcome.status == "ok":
-                    problem, variant = outcome.key
-                    predict(target, launch_costs(problem, variant, target, outcome.value))
-                done += 1
+                problem, variants = outcome.key
+                for variant, inspection in zip(variants, outcome.value):
+                    if inspection.error is None:
+                        predict(target, launch_costs(problem, variant, target, inspection.launches))
+                done += len(variants)
             return 60.0 * done / (time.monotonic() - began), done
 
 

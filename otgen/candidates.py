@@ -1,8 +1,8 @@
-"""Which variants a search starts from: what is legal, what did well at other sizes, what the model favours."""
+"""Which variants a search looks at and starts from: what is legal, what did well at other sizes, what the model favours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -10,8 +10,8 @@ from random import Random
 
 from otgen.families import family
 from otgen.gpus import Gpu
+from otgen.guess import estimate
 from otgen.problem import Problem, Variant
-from otgen.workload import estimate
 
 SCORED = 1500
 """Variants the model looks at, of one precision mode, to find its favourites: estimates cost a tenth of a millisecond each."""
@@ -35,42 +35,62 @@ def _legal_when_large(problem: Problem, gpu: Gpu) -> list[Variant]:
     return [variant for variant in variants if not kind.fits(problem, variant, gpu)]
 
 
+def by_mode(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
+    """Precision mode → its variants, in their order."""
+    modes: dict[str, list[Variant]] = {}
+    for variant in variants:
+        modes.setdefault(str(variant["precision"]), []).append(variant)
+    return modes
+
+
+def siblings(problem: Problem, gpu: Gpu, variant: Variant) -> list[Variant]:
+    """The legal variants that compile to the kernels of `variant`, itself among them: they differ in the number of programs."""
+    kind = family(problem.family)
+    axes = {axis: values for axis, values in kind.axes(problem).items() if axis in kind.grid_axes and axis in variant}
+    choices = [variant.with_(**dict(zip(axes, values))) for values in product(*axes.values())]
+    kernels = kind.same_kernels(variant)
+    return [c for c in choices if c == variant or (kind.same_kernels(c) == kernels and not kind.fits(problem, c, gpu))]
+
+
+def score(problem: Problem, gpu: Gpu) -> Callable[[Variant], float]:
+    """What the model expects of a variant without compiling it, in microseconds: of its siblings, the best."""
+    return lambda variant: min(estimate(problem, choice, gpu) for choice in siblings(problem, gpu, variant))
+
+
 def favourites(problem: Problem, gpu: Gpu, variants: Sequence[Variant], count: int) -> list[Variant]:
     """The `count` variants the model expects most of without compiling, no two of which differ in num_stages alone.
 
-    Shallow pipelines and the smallest grid stand for the others; of those at most SCORED are looked at, drawn with a fixed seed.
+    Pipelines of two stages, where legal, and one variant of those that compile alike stand for the others; of these at most SCORED
+    are looked at, drawn with a fixed seed.
     """
-    axes = family(problem.family).axes(problem)
-    grid = {axis: axes[axis][0] for axis in family(problem.family).grid_axes if axis in axes}
-    plain = [v for v in variants if v.int("num_stages") <= 2 and all(v[axis] == value for axis, value in grid.items())]
-    scored = Random(0).sample(plain, SCORED) if len(plain) > SCORED else plain
-    scored = [regridded(problem, gpu, variant) for variant in scored]
-    chosen: dict[Variant, Variant] = {}
-    for variant in sorted(scored, key=lambda variant: estimate(problem, variant, gpu)):
-        chosen.setdefault(variant.with_(num_stages=0), variant)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
+    same_kernels = family(problem.family).same_kernels
+    shallow = (variant for variant in variants if variant.int("num_stages") <= 2 and same_kernels(variant) == variant)
+    deepest = {v.with_(num_stages=0): v for v in sorted(shallow, key=lambda v: v.int("num_stages"))}
+    plain = list(deepest.values())
+    looked_at = Random(0).sample(plain, SCORED) if len(plain) > SCORED else plain
+    return sorted(looked_at, key=score(problem, gpu))[:count]
 
 
-def regridded(problem: Problem, gpu: Gpu, variant: Variant) -> Variant:
-    """`variant` with the number of programs that suits the problem's sizes: it compiles to the same kernels."""
-    kind = family(problem.family)
-    axes = {axis: values for axis, values in kind.axes(problem).items() if axis in kind.grid_axes and axis in variant}
-    if not axes:
-        return variant
-    choices = [variant.with_(**dict(zip(axes, values))) for values in product(*axes.values())]
-    legal = [choice for choice in choices if not kind.fits(problem, choice, gpu)]
-    return min(legal or choices, key=lambda choice: estimate(problem, choice, gpu))
-
-
-def first_variants(problem: Problem, gpu: Gpu, legal: Sequence[Variant], relatives: Iterable[Variant], share: int) -> list[Variant]:
-    """What a study of `share` trials tries first: relatives (compiled already), favourites, the default.
+def first_variants(
+    problem: Problem,
+    gpu: Gpu,
+    legal: Sequence[Variant],
+    relatives: Iterable[Variant],
+    share: int,
+    turn: tuple[int, int] = (0, 1),
+) -> list[Variant]:
+    """What a study of `share` trials tries first: relatives (compiled already), favourites, the default; each for its siblings.
 
     legal, relatives  of one precision mode
+    turn              (number, of): modes that cost the same divide their favourites among them; this one is the number-th
     """
-    count = max(min(2, share), share * 2 // 3)
-    known = list(dict.fromkeys(regridded(problem, gpu, variant) for variant in relatives))[:count]
-    default = family(problem.family).default(problem)
-    mode = legal[0]["precision"]
-    return [*known, *favourites(problem, gpu, legal, count), default.with_(precision=mode)]
+    count = max(min(2, share), share // 2)
+    number, of = turn
+    known = list(dict.fromkeys(map(family(problem.family).same_kernels, relatives)))[:count]
+    default = family(problem.family).default(problem).with_(precision=legal[0]["precision"])
+    return [*known, *favourites(problem, gpu, legal, count * of)[number::of], default]
+
+
+def in_best_grid(problem: Problem, gpu: Gpu, variant: Variant) -> Variant:
+    """Of the variant's siblings the one the model expects most of without compiling."""
+    return min(siblings(problem, gpu, variant), key=lambda choice: estimate(problem, choice, gpu))

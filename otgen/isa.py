@@ -1,8 +1,8 @@
 """What the compiler made of a kernel: the instructions of its pair loop, counted per execution unit.
 
-Reads the text of ``cuobjdump -sass`` (NVIDIA) or of LLVM's amdgcn assembler (AMD), rebuilds the control flow, finds the natural
-loops, and keeps those that visit pairs: the innermost ones that hold an exp2 per pair. Loops inside them that the compiler left
-rolled (over the coordinates, over width blocks) are multiplied by the trip counts the caller knows.
+Reads the text of nvdisasm or ``cuobjdump -sass`` (NVIDIA) or of LLVM's amdgcn assembler (AMD), rebuilds the control flow, finds the
+natural loops, and keeps those that visit pairs: the innermost ones that hold an exp2 per pair. Loops inside them that the compiler
+left rolled (over the coordinates, over width blocks) are multiplied by the trip counts the caller knows.
 
 Of several pair loops, those with a running maximum are dropped when one without exists: they are the redo of a shifted kernel,
 which runs only after an overflow.
@@ -80,7 +80,7 @@ def average(mixes: Sequence[Mix]) -> Mix:
 def hot_loops(text: str, *, pairs_per_lane: float, inner_trips: Sequence[int] = ()) -> tuple[Mix, ...]:
     """One Mix per pair loop of a kernel, in program order: usually one, two when a launch holds a row sweep and a column sweep.
 
-    text            ``cuobjdump -sass`` of one kernel, or amdgcn assembly
+    text            one kernel as ``cuobjdump -sass`` or ``nvdisasm`` prints it, or amdgcn assembly
     pairs_per_lane  BLOCK_M·BLOCK_N / (warp size · warps): one exp2 each, which tells how often the compiler unrolled the loop. A
                     running maximum may need up to one more exp2 per pair to rescale: there, two per pair are not yet an unrolling
     inner_trips     trip counts of the loops inside the pair loop, in program order, one for each that may have stayed rolled. When
@@ -111,10 +111,10 @@ def hot_loops(text: str, *, pairs_per_lane: float, inner_trips: Sequence[int] = 
 
 def parse(text: str) -> list[Instruction]:
     """The instructions of one kernel, in order. Raises CompileError when there are none."""
-    code = _parse_sass(text) if "Function :" in text else _parse_amdgcn(text)
+    code = _parse_sass(text) or _parse_amdgcn(text)
     if not code:
         raise CompileError(
-            "expected the text of cuobjdump -sass or amdgcn assembly; got no instruction in it; compile the kernel again"
+            "expected the text of cuobjdump, nvdisasm or amdgcn assembly; got no instruction in it; compile the kernel again"
         )
     return code
 

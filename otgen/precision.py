@@ -34,6 +34,11 @@ class Mode:
     mantissa: int
     truncates: bool = False
 
+    @property
+    def pace(self) -> tuple[int, str]:
+        """Equal for modes that compile to kernels of the same speed: a tensor core takes all 16-bit floats alike."""
+        return self.products, "16-bit" if self.unit in ("fp16", "bf16") else self.unit
+
 
 MODES: dict[str, Mode] = {
     mode.name: mode

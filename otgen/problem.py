@@ -214,6 +214,10 @@ class Family:
             complete[name] = value
         return Problem(self.name, n, m, d, dtype, tuple(complete.items()))
 
+    def same_kernels(self, variant: Variant) -> Variant:
+        """What stands for all variants that compile to the kernels of this one: numbers of programs above two are two."""
+        return variant.with_(**{axis: min(variant.int(axis), 2) for axis in self.grid_axes if axis in variant})
+
     def check(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
         """`variant` as a Variant, each axis and value checked against the declared space.
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from otgen.candidates import first_variants, legal_variants
-from otgen.compile import compile_key, inspect_variant
+from otgen.attempt import Attempt, accuracy_rows, measurement_row
+from otgen.candidates import by_mode, first_variants, in_best_grid, legal_variants, score, siblings
+from otgen.compile import inspect_variants
 from otgen.errors import CompileError
+from otgen.families import family
 from otgen.gpus import GPUS, Gpu
-from otgen.measure import PROTOCOL, Timing, measure, quantile
-from otgen.model import Prediction, predict
+from otgen.measure import measure
 from otgen.pool import Outcome, Pool
+from otgen.precision import MODES
 from otgen.problem import Problem, Variant
-from otgen.render import body_digest, source
 from otgen.resources import template_hash
 from otgen.search import Study
-from otgen.store import Accuracy, Compiled, Measurement, Store, StoredTrial, Trial
-from otgen.store import Prediction as StoredPrediction
-from otgen.verify import Accuracy as Check
+from otgen.store import Accuracy, Measurement, Store, StoredTrial, Trial
 from otgen.verify import failures, interpret
-from otgen.workload import CompiledLaunch, launch_costs
+from otgen.workload import CompiledLaunch
+
+GROUP = 4
+"""Variants a compiler is given at a time: they share one start of the disassembler, a third of a compilation."""
+
+QUEUE = 16
+"""Tasks in flight at most, those waiting to be checked or measured among them: a question asked early knows few answers."""
 
 
 @dataclass(slots=True)
@@ -59,21 +63,6 @@ class Session:
 
 
 @dataclass(slots=True)
-class _Candidate:
-    """A variant on its way through the phases."""
-
-    variant: Variant
-    key: str
-    launches: list[CompiledLaunch] | None = None
-    prediction: Prediction | None = None
-    times_ms: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def mode(self) -> str:
-        return str(self.variant["precision"])
-
-
-@dataclass(slots=True)
 class _Mode:
     """The search in one precision mode.
 
@@ -85,8 +74,8 @@ class _Mode:
     study: Study
     left: int
     best_us: float = math.inf
-    leader: _Candidate | None = None
-    unchecked: list[_Candidate] = field(default_factory=list)
+    leader: Attempt | None = None
+    unchecked: list[Attempt] = field(default_factory=list)
     rescued: bool = False
 
 
@@ -95,18 +84,24 @@ class Run:
 
     def __init__(self, problem: Problem, max_trials: int, session: Session) -> None:
         self._problem, self._session = problem, session
-        self.added = 0
+        self._same_kernels = family(problem.family).same_kernels
+        self.added = self._compiling = 0
         store, gpu = session.store, session.gpu
-        legal: dict[str, list[Variant]] = {}
-        for variant in legal_variants(problem, gpu):
-            legal.setdefault(str(variant["precision"]), []).append(variant)
         kin = [entry.slug for entry in GPUS.values() if entry.arch == gpu.arch] or [gpu.slug]
-        relatives = store.relatives(problem, kin)
+        relatives = by_mode(store.relatives(problem, kin))
+        legal = by_mode(legal_variants(problem, gpu))
         self._modes: dict[str, _Mode] = {}
         for mode, variants in legal.items():
             share = -(-max_trials // len(legal))
-            first = first_variants(problem, gpu, variants, [v for v in relatives if v["precision"] == mode], share)
-            self._modes[mode] = _Mode(Study(variants, first, session.sampler, session.seed), share)
+            alike = [other for other in legal if MODES[other].pace == MODES[mode].pace]
+            turn = alike.index(mode), len(alike)
+            first = first_variants(problem, gpu, variants, relatives.get(mode, []), share, turn)
+            if session.measured:
+                first = [in_best_grid(problem, gpu, variant) for variant in first]
+            else:
+                variants = [variant for variant in variants if self._same_kernels(variant) == variant]
+            study = Study(variants, first, session.sampler, session.seed, score(problem, gpu))
+            self._modes[mode] = _Mode(study, share)
         for past in store.trials(problem, gpu.slug):
             self._learn(past)
 
@@ -116,43 +111,66 @@ class Run:
             return  # a prediction is no reason not to measure
         mode.left -= 1
         us = past.us if past.status == "ok" else None
-        mode.study.tell(past.variant, us)
+        mode.study.tell(past.variant if self._session.measured else self._same_kernels(past.variant), us)
         if us is not None and past.error is not None and past.error <= 1:
             mode.best_us = min(mode.best_us, us)
 
     def search(self, deadline: float) -> None:
-        """Keeps twice as many trials in flight as there are compilers, until all shares are used up or `deadline` has passed.
+        """Keeps the compilers busy until all shares are used up or `deadline` has passed.
 
         A mode whose leader fails its check falls back on its best unchecked variant; one that ends with nothing, on the default.
         """
-        pool, turn = self._session.pool, 0
+        pool = self._session.pool
         while True:
-            while len(pool) < 2 * self._session.jobs and time.monotonic() < deadline:
-                waiting = [name for name, mode in self._modes.items() if mode.left > 0]
-                if not waiting:
+            while self._compiling <= self._session.jobs and len(pool) < QUEUE and time.monotonic() < deadline:
+                if not self._start_group():
                     break
-                self._start(waiting[turn % len(waiting)])
-                turn += 1
             if len(pool):
                 self._receive(pool.next())
             elif time.monotonic() >= deadline or not self._revive():
                 return
 
-    def _start(self, name: str) -> None:
-        mode = self._modes[name]
-        variant = mode.study.ask()
-        mode.left = mode.left - 1 if variant is not None else 0
-        if variant is None:
-            return
-        candidate = _Candidate(variant, compile_key(self._problem, variant, self._session.gpu))
-        known = self._session.store.compiled(candidate.key)
-        if known is None:
-            self._session.pool.submit(
-                "compile", candidate, inspect_variant, self._problem, candidate.variant, self._session.gpu.slug
-            )
-        else:
-            candidate.launches = [CompiledLaunch.from_json(entry) for entry in known.instructions["launches"]]
-            self._predict(candidate)
+    def _start_group(self) -> bool:
+        """Asks for a few variants, of all modes in turn, and has them compiled together; whether there was one left to ask for.
+
+        Towards the end groups get smaller, so that the compilers finish together and the last questions know most answers.
+        """
+        left = sum(mode.left for mode in self._modes.values())
+        group: list[Attempt] = []
+        while len(group) < max(1, min(GROUP, left // (2 * self._session.jobs))):
+            waiting = [name for name, mode in self._modes.items() if mode.left > 0]
+            if not waiting:
+                break
+            name = max(waiting, key=lambda name: self._modes[name].left)
+            mode = self._modes[name]
+            variant = mode.study.ask(self._hints(name))
+            mode.left = mode.left - 1 if variant is not None else 0
+            if variant is not None:
+                attempt = Attempt(self._problem, self._session.gpu, variant, variant)
+                if not self._known(attempt):
+                    group.append(attempt)
+        if group:
+            self._compile(group)
+        return bool(group) or any(mode.left > 0 for mode in self._modes.values())
+
+    def _hints(self, name: str) -> list[Variant]:
+        """The best variants of the other modes, in this one: what suits one precision often suits another."""
+        others = (mode.study.best for other, mode in self._modes.items() if other != name)
+        best = sorted((found for found in others if found), key=lambda found: found[0])
+        return [variant.with_(precision=name) for _, variant in best]
+
+    def _known(self, attempt: Attempt) -> bool:
+        """Whether the attempt's kernels were compiled before; then it goes on at once."""
+        known = self._session.store.compiled(attempt.key)
+        if known is not None:
+            attempt.launches = [CompiledLaunch.from_json(entry) for entry in known.instructions["launches"]]
+            self._predict(attempt)
+        return known is not None
+
+    def _compile(self, group: list[Attempt]) -> None:
+        self._compiling += 1
+        variants = [attempt.variant for attempt in group]
+        self._session.pool.submit("compile", group, inspect_variants, self._problem, variants, self._session.gpu.slug)
 
     def _revive(self) -> bool:
         """Gives modes that ended with nothing another chance; whether there was one to give."""
@@ -165,138 +183,109 @@ class Run:
         return revived
 
     def _receive(self, outcome: Outcome) -> None:
-        candidate: _Candidate = outcome.key
-        if candidate.launches is None:
-            candidate.times_ms["compile_ms"] = 1000 * outcome.seconds
-            if outcome.status == "ok":
-                candidate.launches = outcome.value
-                self._predict(candidate)
-            elif isinstance(outcome.error, CompileError):
-                self._finish(candidate, outcome.error.status, str(outcome.error))
-            else:
-                self._finish(candidate, "compile_error" if outcome.status == "error" else outcome.status, outcome.message)
+        if isinstance(outcome.key, list):
+            self._compiled(outcome.key, outcome)
+        else:
+            self._checked(outcome.key, outcome)
+
+    def _compiled(self, group: list[Attempt], outcome: Outcome) -> None:
+        """One that hangs or kills its compiler takes its group with it: the others get another chance, each alone."""
+        self._compiling -= 1
+        if outcome.status != "ok" and len(group) > 1:
+            for attempt in group:
+                self._compile([attempt])
             return
-        candidate.times_ms["measure_ms" if self._session.measured else "verify_ms"] = 1000 * outcome.seconds
+        if outcome.status != "ok":
+            group[0].times_ms["compile_ms"] = 1000 * outcome.seconds
+            self._finish(group[0], "compile_error" if outcome.status == "error" else outcome.status, outcome.message)
+            return
+        for attempt, inspection in zip(group, outcome.value):
+            attempt.times_ms["compile_ms"] = 1000 * inspection.seconds
+            if inspection.error is None:
+                attempt.launches = inspection.launches
+                self._predict(attempt)
+            else:
+                self._finish(attempt, inspection.error.status, str(inspection.error))
+
+    def _checked(self, attempt: Attempt, outcome: Outcome) -> None:
+        attempt.times_ms["measure_ms" if self._session.measured else "verify_ms"] = 1000 * outcome.seconds
         if outcome.status != "ok":
             lost = "illegal_access" if "illegal" in outcome.message else "launch_error"
-            self._finish(candidate, lost if outcome.status == "error" else outcome.status, outcome.message)
+            self._finish(attempt, lost if outcome.status == "error" else outcome.status, outcome.message)
         else:
             checks, timing = outcome.value if self._session.measured else (outcome.value, None)
             wrong = "; ".join(failures(checks))
-            measurement = _measurement(timing) if timing else None
-            self._finish(candidate, "wrong_result" if wrong else "ok", wrong, _worst(checks), measurement)
+            measurement = measurement_row(timing) if timing else None
+            self._finish(attempt, "wrong_result" if wrong else "ok", wrong, accuracy_rows(checks), measurement)
 
-    def _predict(self, candidate: _Candidate) -> None:
-        assert candidate.launches is not None
+    def _predict(self, attempt: Attempt) -> None:
         began = time.perf_counter()
-        spills = sum(launch.spills for launch in candidate.launches)
+        measured = self._session.measured
+        choices = [attempt.asked] if measured else siblings(self._problem, self._session.gpu, attempt.asked)
         try:
-            costs = launch_costs(self._problem, candidate.variant, self._session.gpu, candidate.launches)
-            candidate.prediction = predict(self._session.gpu, costs)
+            attempt.predict(choices)
         except CompileError as error:
-            self._finish(candidate, error.status, str(error))
+            self._finish(attempt, error.status, str(error))
             return
-        candidate.times_ms["predict_ms"] = 1000 * (time.perf_counter() - began)
-        mode = self._modes[candidate.mode]
-        if self._session.measured:
-            self._session.pool.submit("measure", candidate, measure, self._problem, candidate.variant)
-        elif spills:
-            self._finish(candidate, "resource", f"spills {spills} bytes; what that costs the model cannot tell")
-        elif _predicted(candidate) < mode.best_us:
-            self._check(mode, candidate)
+        attempt.times_ms["predict_ms"] = 1000 * (time.perf_counter() - began)
+        mode = self._modes[attempt.mode]
+        if measured:
+            self._session.pool.submit("measure", attempt, measure, self._problem, attempt.variant)
+        elif attempt.spills:
+            self._finish(attempt, "resource", f"spills {attempt.spills} bytes; what that costs the model cannot tell")
+        elif attempt.predicted_us < mode.best_us:
+            self._check(mode, attempt)
         else:
-            mode.unchecked.append(candidate)
-            self._finish(candidate, "ok")
+            mode.unchecked.append(attempt)
+            self._finish(attempt, "ok")
 
     def _check_next(self, mode: _Mode) -> None:
         """Checks the best variant that was passed over while a leader stood that has fallen since."""
-        best = min(mode.unchecked, key=_predicted)
+        best = min(mode.unchecked, key=lambda attempt: attempt.predicted_us)
         mode.unchecked.remove(best)
         self._check(mode, best)
 
-    def _check(self, mode: _Mode, candidate: _Candidate) -> None:
-        mode.best_us, mode.leader = _predicted(candidate), candidate
-        known = self._session.store.checked(self._problem, candidate.variant)
+    def _check(self, mode: _Mode, attempt: Attempt) -> None:
+        mode.best_us, mode.leader = attempt.predicted_us, attempt
+        known = self._session.store.checked(self._problem, attempt.variant)
         if known:
-            self._finish(candidate, "ok", accuracy=known)
+            self._finish(attempt, "ok", accuracy=known)
         else:
-            self._session.pool.submit("check", candidate, interpret, self._problem, candidate.variant)
+            self._session.pool.submit("check", attempt, interpret, self._problem, attempt.variant)
 
     def _finish(
         self,
-        candidate: _Candidate,
+        attempt: Attempt,
         status: str,
         message: str = "",
         accuracy: Sequence[Accuracy] = (),
         measurement: Measurement | None = None,
     ) -> None:
         """Records a trial, and tells the study and the listener of it."""
-        session, mode, prediction = self._session, self._modes[candidate.mode], candidate.prediction
-        us = measurement.median_us if measurement else _predicted(candidate)
+        session, mode = self._session, self._modes[attempt.mode]
+        us = measurement.median_us if measurement else attempt.predicted_us
         fallen = False
         if status == "ok" and accuracy:
             mode.best_us = min(mode.best_us, us)
-        elif fallen := mode.leader is candidate:
+        elif fallen := mode.leader is attempt:
             mode.best_us, mode.leader = math.inf, None
         template = template_hash(self._problem.family)
-        trial = Trial(self._problem, session.gpu.slug, candidate.variant, status, template, message, session.seed)
+        trial = Trial(self._problem, session.gpu.slug, attempt.variant, status, template, message, session.seed)
         session.store.record(
-            replace(trial, **candidate.times_ms),
+            replace(trial, **attempt.times_ms),
             environment=session.environment,
-            compiled=_compiled(self._problem, candidate),
-            prediction=StoredPrediction(prediction.microseconds, prediction.terms) if prediction else None,
+            compiled=attempt.compiled_row(),
+            prediction=attempt.prediction_row(),
             measurement=measurement,
             accuracy=accuracy,
         )
         self.added += 1
-        mode.study.tell(candidate.variant, us if status == "ok" else None)
+        mode.study.tell(attempt.asked, us if status == "ok" else None)
         progress = session.progress
         progress.trials += 1
         progress.done += 1
         if status == "ok" and us < progress.best_us:
-            progress.best_us, progress.best = us, candidate.variant.text
+            progress.best_us, progress.best = us, attempt.variant.text
         session.listener(replace(progress))
         if fallen and mode.unchecked:
             self._check_next(mode)
-
-
-def _predicted(candidate: _Candidate) -> float:
-    return candidate.prediction.microseconds if candidate.prediction else math.inf
-
-
-def _worst(checks: Iterable[Check]) -> tuple[Accuracy, ...]:
-    """Of each output the check that came nearest to its budget, or exceeded it most."""
-    worst: dict[str, Accuracy] = {}
-    for check in checks:
-        entry = Accuracy(check.output, check.error, check.budget)
-        known = worst.get(check.output)
-        if known is None or entry.value / entry.budget > known.value / known.budget:
-            worst[check.output] = entry
-    return tuple(worst.values())
-
-
-def _compiled(problem: Problem, candidate: _Candidate) -> Compiled | None:
-    if candidate.launches is None:
-        return None
-    return Compiled(
-        key=candidate.key,
-        source_hash=body_digest(source(problem, candidate.variant)),
-        registers=max(launch.registers for launch in candidate.launches),
-        spills=sum(launch.spills for launch in candidate.launches),
-        shared_bytes=max(launch.shared_bytes for launch in candidate.launches),
-        instructions={"launches": [launch.to_json() for launch in candidate.launches]},
-    )
-
-
-def _measurement(timing: Timing) -> Measurement:
-    return Measurement(
-        protocol=PROTOCOL,
-        median_us=quantile(timing.samples_us, 0.5),
-        p20_us=quantile(timing.samples_us, 0.2),
-        p80_us=quantile(timing.samples_us, 0.8),
-        samples_us=timing.samples_us,
-        default_us=quantile(timing.default_us, 0.5),
-        sm_clock_mhz=timing.sm_clock_mhz,
-        temperature_c=timing.temperature_c,
-        power_w=timing.power_w,
-    )

@@ -1,16 +1,20 @@
 """Which variant to try next: an Optuna study asked and told over enumerated legal variants. The only importer of optuna.
 
-A sampler proposes a point of the product of all axes, most of it illegal or seen before; the study takes the nearest legal unseen
-variant instead, so no trial is wasted. It starts from the variants it is given. Failures are told as pruned, which samplers avoid.
+A study starts from the variants it is given, and goes on with hints. Then a neighbour of the best so far and a proposal of the
+sampler take turns: the one polishes what was found, the other looks elsewhere. A sampler proposes a point of the product of all
+axes, most of it illegal or seen before; the study takes the nearest legal unseen variant instead, so no trial is wasted. Failures
+are told as pruned, which samplers avoid.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 
 from otgen.errors import unknown
@@ -35,15 +39,26 @@ SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 class Study:
     """The search over `variants`, which all have the same axes: `ask` for one, `tell` its time.
 
-    first  variants asked for before the sampler is: the default, neighbours' winners, the model's favourites
+    first  variants asked for before any other: the default, neighbours' winners, the model's favourites
+    score  orders the neighbours of the best variant, the lowest first; where it is infinite only the sampler may go
     Raises UsageError for an unknown sampler.
     """
 
-    def __init__(self, variants: Sequence[Variant], first: Sequence[Variant], sampler: str = "tpe", seed: int = 0) -> None:
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        first: Sequence[Variant],
+        sampler: str = "tpe",
+        seed: int = 0,
+        score: Callable[[Variant], float] = lambda variant: 0.0,
+    ) -> None:
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
         self._variants = list(variants)
         self._first = list(first)
+        self._score = score
+        self._best: tuple[float, int] | None = None
+        self._polish = False
         self._index = {variant: number for number, variant in enumerate(self._variants)}
         self._axes: dict[str, list[Value]] = {
             axis: sorted({variant[axis] for variant in self._variants}, key=lambda value: (str(type(value)), value))
@@ -51,19 +66,31 @@ class Study:
         }
         codes = [[self._axes[axis].index(variant[axis]) for axis in self._axes] for variant in self._variants]
         self._codes = np.array(codes, dtype=np.int32).reshape(len(self._variants), len(self._axes))
+        self._longest = np.array([len(v) if isinstance(v[0], int) else 1 for v in self._axes.values()], dtype=np.int32)
         self._unseen = np.ones(len(self._variants), dtype=bool)
         self._distributions = {a: optuna.distributions.CategoricalDistribution(values) for a, values in self._axes.items()}
         self._study = optuna.create_study(sampler=SAMPLERS[sampler](seed))
         self._pending: dict[Variant, optuna.trial.Trial] = {}
 
-    def ask(self) -> Variant | None:
-        """A variant that was neither asked for nor told before; None when there is none left."""
+    def ask(self, hints: Iterable[Variant] = ()) -> Variant | None:
+        """A variant that was neither asked for nor told before; None when there is none left.
+
+        hints  what did well elsewhere: tried as soon as the first variants have been
+        """
         while self._first:
             variant = self._first.pop(0)
             if self._take(variant):
                 return variant
+        for variant in hints:
+            if self._score(variant) < inf and self._take(variant):
+                return variant
         if not self._unseen.any():
             return None
+        self._polish = not self._polish
+        neighbour = self._neighbour() if self._polish else None
+        if neighbour is not None:
+            self._take(neighbour)
+            return neighbour
         trial = self._study.ask(self._distributions)
         variant = self._nearest(trial.params)
         self._take(variant)
@@ -76,6 +103,9 @@ class Study:
     def tell(self, variant: Variant, us: float | None) -> None:
         """The time of `variant` in microseconds, or None when it failed. A variant that was never asked for is learnt from too."""
         self._take(variant)
+        number = self._index.get(variant)
+        if us is not None and number is not None and (self._best is None or us < self._best[0]):
+            self._best = us, number
         state = optuna.trial.TrialState.PRUNED if us is None else optuna.trial.TrialState.COMPLETE
         value = None if us is None else float(np.log(us))
         asked = self._pending.pop(variant, None)
@@ -86,6 +116,11 @@ class Study:
                 optuna.trial.create_trial(state=state, params=dict(variant), distributions=self._distributions, value=value)
             )
 
+    @property
+    def best(self) -> tuple[float, Variant] | None:
+        """The shortest time told so far, in microseconds, and its variant."""
+        return None if self._best is None else (self._best[0], self._variants[self._best[1]])
+
     def _take(self, variant: Variant) -> bool:
         number = self._index.get(variant)
         if number is None or not self._unseen[number]:
@@ -93,8 +128,25 @@ class Study:
         self._unseen[number] = False
         return True
 
+    def _neighbour(self) -> Variant | None:
+        """Of the unseen variants one step from the best, else two, the one of the lowest score."""
+        if self._best is None:
+            return None
+        distance = self._distance(self._codes[self._best[1]])
+        for steps in (1, 2):
+            unseen = (self._variants[number] for number in np.flatnonzero((distance == steps) & self._unseen))
+            near = {variant: score for variant in unseen if (score := self._score(variant)) < inf}
+            if near:
+                return min(near, key=lambda variant: near[variant])
+        return None
+
     def _nearest(self, proposal: Mapping[str, Any]) -> Variant:
         wanted = np.array([values.index(proposal[axis]) for axis, values in self._axes.items()], dtype=np.int32)
-        distance = np.abs(self._codes - wanted).sum(axis=1)
+        distance = self._distance(wanted)
         distance[~self._unseen] = np.iinfo(distance.dtype).max
         return self._variants[int(distance.argmin())]
+
+    def _distance(self, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Steps from `codes` to every variant: one per value along an axis of numbers, one for another name."""
+        steps: npt.NDArray[np.int32] = np.minimum(np.abs(self._codes - codes), self._longest).sum(axis=1, dtype=np.int32)
+        return steps

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from otgen import __version__
-from otgen.compile import ptxas_version
 from otgen.errors import UsageError
 from otgen.families import family
 from otgen.gpus import Gpu
@@ -26,6 +25,7 @@ from otgen.pool import Pool, Role
 from otgen.problem import Problem
 from otgen.run import Progress, Run, Session
 from otgen.store import Store, StoredTrial, Winner
+from otgen.toolchain import ptxas_version
 
 STANDARD_SIZES = (4096, 1024, 16384, 65536)
 STANDARD_DIMENSIONS = (3, 16, 64, 128, 512)
@@ -41,7 +41,7 @@ class Settings:
     compile_limit  seconds a compilation or a check may take
     """
 
-    max_trials: int = 24
+    max_trials: int = 30
     budget: float | None = None
     sampler: str = "tpe"
     seed: int = 0

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
-from otgen.errors import CompileError
 from otgen.families import family
 from otgen.gpus import Gpu
 from otgen.isa import Mix, average, hot_loops
-from otgen.model import ASSUMED, LaunchCost, predict
+from otgen.model import ASSUMED, LaunchCost
 from otgen.precision import MODES
 from otgen.problem import BYTES, Problem, Sweep, Variant, Work
 
@@ -112,26 +111,11 @@ def launch_costs(problem: Problem, variant: Variant, gpu: Gpu, launches: Sequenc
     """The launches of a compiled variant, in order."""
     work = family(problem.family).work(problem, variant)
     tile = Tile.of(problem, variant, work)
-    return [_launch(variant, gpu, tile, sweep, launch) for sweep, launch in zip(work.launches, launches)]
+    return [launch_cost(variant, gpu, tile, sweep, launch) for sweep, launch in zip(work.launches, launches)]
 
 
-def estimate(problem: Problem, variant: Variant, gpu: Gpu) -> float:
-    """A score in predicted microseconds, without compiling: instructions, registers and shared memory are guessed from the tile.
-
-    Infinite when the guess does not fit on the GPU. Meant for ordering variants, not for showing.
-    """
-    work = family(problem.family).work(problem, variant)
-    tile = Tile.of(problem, variant, work)
-    mix, registers = _guess(tile, variant, gpu)
-    warps = variant.int("num_warps")
-    guess = CompiledLaunch("", warps, registers, 0, _guess_shared(tile, variant, warps), mix)
-    try:
-        return predict(gpu, [_launch(variant, gpu, tile, sweep, guess) for sweep in work.launches]).microseconds
-    except CompileError:
-        return inf
-
-
-def _launch(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: CompiledLaunch) -> LaunchCost:
+def launch_cost(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: CompiledLaunch) -> LaunchCost:
+    """What the model asks of one launch."""
     return LaunchCost(
         programs=sweep.programs,
         num_warps=launch.num_warps,
@@ -146,56 +130,3 @@ def _launch(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: Compil
         pipelined=variant.int("num_stages") > 1,
         cold=sweep.tiles == 0,
     )
-
-
-def _guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
-    """Warp instructions of one tile and registers of a thread, by rules of thumb read off compiled kernels."""
-    warps = variant.int("num_warps")
-    pairs = tile.m * tile.n / (gpu.warp_size * warps)
-    rows = max(16.0, tile.m / warps)
-    columns = max(8.0, tile.m * tile.n / warps / rows)
-    running = variant["stabiliser"] == "running"
-    unit, split = tile.unit(gpu), MODES[tile.precision].products > 1
-    asynchronous = gpu.arch in (90, 100) and tile.m >= 64 and warps >= 4
-
-    fp32 = 2.0 + running + 2.0 * tile.both_sums + 2.0 * (tile.products - 1)
-    alu = 0.4 + 1.5 * running
-    shuffle = 8.0 * (1 + running) / columns + (24.0 / rows if tile.both_sums else 0.0)
-    shared = 8.0 / rows + tile.n * tile.d * tile.itemsize / 128 / warps / pairs
-    accumulators = tile.m * (tile.n + tile.w) / (gpu.warp_size * warps) + (pairs / 2 if tile.w else 0.0)
-    copies = 2.0 if gpu.arch == 100 else 1.25
-    if unit == "fma":
-        fp32 += tile.depth
-        multiply = shared_operands = tile.depth / 8
-        operands = pairs**0.5 * tile.k
-    else:
-        itemsize = 4 if unit in ("tf32", "fp32") else 2
-        fragments = tile.depth * itemsize / 128
-        multiply = (0.3 if asynchronous else 2.0 * fragments) + (2.0 * tile.depth / rows if split else 0.0)
-        shared_operands = 0.0 if asynchronous else tile.depth * itemsize * (1 / rows + 1 / columns) / 4
-        operands = rows * tile.k * itemsize / (8 * gpu.warp_size)
-        if split:
-            operands = 1.5 * (rows + columns) * tile.k / gpu.warp_size
-    slots = 3.0 + 0.5 * running + fp32 + alu + shuffle + multiply
-
-    registers = ceil(copies * accumulators + operands + rows / 4) + 40
-    spilled = max(0, registers - gpu.registers_per_thread)
-    mix = Mix(
-        slots=slots * pairs + 2 * spilled + 80,
-        mufu=pairs,
-        fp32=fp32 * pairs,
-        alu=alu * pairs,
-        shared=(shared + shared_operands) * pairs,
-        shuffle=shuffle * pairs,
-        spills=2.0 * spilled,
-    )
-    return mix, min(registers, gpu.registers_per_thread)
-
-
-def _guess_shared(tile: Tile, variant: Variant, warps: int) -> int:
-    """Shared memory of the pipelined operands, the resident row block and the scratch of reductions, in bytes."""
-    streamed = tile.n * tile.k if tile.resident else (tile.m + tile.n) * tile.k
-    values = 0 if tile.shares_values else tile.n * tile.w
-    buffers = max(1, variant.int("num_stages") - 1)
-    own = tile.m * tile.k * BYTES["fp32"] if tile.resident else 0
-    return (streamed + values) * buffers * tile.itemsize + own + 4 * warps * tile.m

@@ -1,14 +1,19 @@
 """Kernels are interpreted unless the caller says otherwise; nothing a test does touches the user's cache or database.
 
-Tests marked gpu are skipped where torch sees no CUDA device; torch is imported for that only when such a test is about to run.
+Tests marked gpu are skipped where torch sees no CUDA device; torch is imported here only for tests that need it.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from toy_family import TOY, install
+
+from otgen.problem import Problem
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, here and in processes that tests start: tests run side by side
@@ -23,3 +28,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The PyTorch path, on one thread: tests may run side by side."""
+    import torch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy family is known."""
+    install(monkeypatch)
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """One of the toy family."""
+    return TOY.problem(1024, 2048, 64)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a tuning database may be made: neither it nor its folder is there yet."""
+    return tmp_path / "folder" / "tuning.db"

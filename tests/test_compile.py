@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
+import triton
 
 from otgen.compile import Kernel, compile_key, compile_variant
 from otgen.errors import CompileError
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS, gpu
+from otgen.isa import parse
 from otgen.pool import Outcome, Pool, Role
 from otgen.problem import Problem, Variant
 
@@ -46,6 +51,27 @@ def test_compiles_for_every_architecture(name: str) -> None:
             assert 16 <= kernel.registers <= gpu(ARCHITECTURES[arch]).registers_per_thread
             assert kernel.binary[:4] == b"\x7fELF"
             assert kernel.shared_bytes <= gpu(ARCHITECTURES[arch]).shared_per_block
+
+
+def test_listings_read_together_are_those_of_cuobjdump(tmp_path: Path) -> None:
+    """On every architecture: the same instructions, in the same places, with the same branch targets."""
+    problem = family("sinkhorn").problem(4096, 4096, 64, schedule="symmetric")
+    variant = tuned(problem, "tf32", fusion="one_sweep")
+    slugs = {arch: slug for arch, slug in ARCHITECTURES.items() if isinstance(arch, int)}
+    outcomes = compile_all({arch: (problem, variant, slug) for arch, slug in slugs.items()})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for arch, outcome in outcomes.items():
+        assert [kernel.name for kernel in outcome.value] == ["sweep", "update_both"]
+        shift = 0
+        for kernel in outcome.value:
+            cubin = tmp_path / f"{arch}.{kernel.name}.cubin"
+            cubin.write_bytes(kernel.binary)
+            text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+            expected = [(i.address + shift, i.opcode, i.conditional, i.target and i.target + shift) for i in parse(text)]
+            found = [(i.address, i.opcode, i.conditional, i.target) for i in parse(kernel.code)]
+            assert found == expected
+            assert len(found) > 100
+            shift = found[-1][0] + 16
 
 
 @pytest.mark.parametrize("slug", ["a100", "h100", "b200"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from otgen import measure, run, tuner
+from otgen.compile import Inspection
 from otgen.families import FAMILIES, family
 from otgen.gpus import gpu
 from otgen.isa import Mix
@@ -142,7 +143,9 @@ def measured(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuner, "Pool", InlinePool)
-    monkeypatch.setattr(run, "inspect_variant", compiled)
+    monkeypatch.setattr(
+        run, "inspect_variants", lambda p, variants, slug: [Inspection(compiled(p, v, slug), None, 0.1) for v in variants]
+    )
     monkeypatch.setattr(run, "measure", measured)
     with Store.open(tmp_path / "tuning.db") as opened:
         yield opened

@@ -13,10 +13,11 @@ import pytest
 from otgen.errors import CompileError
 from otgen.families import family
 from otgen.gpus import GPUS
+from otgen.guess import estimate
 from otgen.isa import Mix
 from otgen.model import ASSUMED, PHASES, UNITS, Assumptions, LaunchCost, occupancy, predict
 from otgen.problem import Problem, Variant
-from otgen.workload import CompiledLaunch, estimate, launch_costs, tile_mix
+from otgen.workload import CompiledLaunch, launch_costs, tile_mix
 
 A100 = GPUS["a100"]
 
@@ -216,7 +217,7 @@ def test_a_resident_row_block_is_estimated_faster_than_one_read_again() -> None:
 
 def test_a_wider_output_than_one_block_repeats_the_scores() -> None:
     problem = TRANSPORT.problem(4096, 4096, 64, output="matrix", width=256)
-    narrow = Variant({axis: value for axis, value in TILE.items() if axis not in ("fusion", "SPLITS")}, BLOCK_W=32)
+    narrow = Variant({axis: value for axis, value in TILE.items() if axis not in ("fusion", "SPLITS")}, BLOCK_N=32, BLOCK_W=32)
     assert estimate(problem, narrow, A100) > estimate(problem, narrow.with_(BLOCK_W=64), A100)
 
 

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
+from otgen.candidates import score, siblings
+from otgen.compile import Inspection
 from otgen.errors import CompileError
 from otgen.families import family
 from otgen.gpus import gpu
 from otgen.isa import Mix
 from otgen.measure import Timing
+from otgen.model import predict
 from otgen.pool import Outcome
-from otgen.problem import Variant
+from otgen.problem import Problem, Variant
 from otgen.run import Progress, Run, Session
 from otgen.store import Store, Winner
 from otgen.verify import Accuracy
-from otgen.workload import CompiledLaunch
+from otgen.workload import CompiledLaunch, launch_costs
 
 A100 = gpu("a100")
 PROBLEM = family("sinkhorn").problem(4096, 4096, 64)
@@ -33,7 +36,10 @@ def launch(variant: Variant, *, spills: int = 0, slots: float = 5.0) -> Compiled
 
 
 class Bench:
-    """Stands in for the pool: answers each task at once from `compiled`, `checked` and `measured`."""
+    """Stands in for the pool: answers each task at once from `compiled`, `checked` and `measured`.
+
+    An answer may be an Outcome without a key: what became of the worker. A group of variants shares the fate of the first such one.
+    """
 
     def __init__(
         self,
@@ -50,26 +56,34 @@ class Bench:
 
     def submit(self, role: str, key: Any, function: Any, *arguments: Any) -> None:
         self._queue.append((role, key))
-        self.asked.append((role, key.variant))
+        self.asked += [(role, attempt.variant) for attempt in (key if role == "compile" else [key])]
 
     def next(self) -> Outcome:
         role, key = self._queue.pop(0)
         answer = self._answers[role]
         assert answer is not None
+        value = [self._inspected(answer, attempt.variant) for attempt in key] if role == "compile" else answer(key.variant)
+        lost = next((entry for entry in (value if role == "compile" else [value]) if isinstance(entry, Outcome)), None)
+        return replace(lost, key=key) if lost else Outcome(key, "ok", value=value, seconds=0.1)
+
+    @staticmethod
+    def _inspected(answer: Callable[[Variant], Any], variant: Variant) -> Any:
         try:
-            value = answer(key.variant)
+            launches = answer(variant)
         except CompileError as error:
-            return Outcome(key, "error", error=error, message=str(error), seconds=0.1)
-        return value if isinstance(value, Outcome) else Outcome(key, "ok", value=value, seconds=0.1)
+            return Inspection([], error, 0.1)
+        return launches if isinstance(launches, Outcome) else Inspection(launches, None, 0.1)
 
 
-def search(path: Path, bench: Bench, max_trials: int = 5 * MODES, measured: bool = False) -> tuple[list[Winner], Store, Run]:
+def search(
+    path: Path, bench: Bench, max_trials: int = 5 * MODES, measured: bool = False, problem: Problem = PROBLEM
+) -> tuple[list[Winner], Store, Run]:
     store = Store.open(path / "tuning.db")
     environment = store.environment({"gpu": "a100"})
-    session = Session(A100, store, bench, environment, measured, 2, "tpe", 0, Progress(PROBLEM), lambda progress: None)  # type: ignore[arg-type]
-    run = Run(PROBLEM, max_trials, session)
+    session = Session(A100, store, bench, environment, measured, 2, "tpe", 0, Progress(problem), lambda progress: None)  # type: ignore[arg-type]
+    run = Run(problem, max_trials, session)
     run.search(math.inf)
-    return store.decide(PROBLEM, "a100"), store, run
+    return store.decide(problem, "a100"), store, run
 
 
 def test_every_mode_gets_its_share_and_a_checked_winner(tmp_path: Path) -> None:
@@ -106,16 +120,65 @@ def test_failures_are_told_and_counted_not_raised(tmp_path: Path) -> None:
             return Outcome(None, "timeout", message="took longer than 60 s")
         return [launch(variant)]
 
-    class Keyed(Bench):
-        def next(self) -> Outcome:
-            key = self._queue[0][1]
-            outcome = super().next()
-            return Outcome(key, outcome.status, outcome.value, outcome.error, outcome.message, outcome.seconds)
-
-    winners, store, _ = search(tmp_path, Keyed(compiled=compiled))
+    winners, store, _ = search(tmp_path, Bench(compiled=compiled))
     statuses = {trial.status for trial in store.trials(PROBLEM, "a100")}
     assert statuses == {"ok", "compile_error", "timeout"}
     assert all(winner.variant["stabiliser"] == "shifted" for winner in winners)
+
+
+def test_a_crash_costs_only_the_variant_that_caused_it(tmp_path: Path) -> None:
+    """A worker that dies takes its group along: each of the group is compiled again, alone."""
+    fatal: list[Variant] = []
+
+    def compiled(variant: Variant) -> Any:
+        fatal[:] = fatal or [variant]
+        return Outcome(None, "crashed", message="worker ended with code -6") if variant == fatal[0] else [launch(variant)]
+
+    bench = Bench(compiled=compiled)
+    _, store, _ = search(tmp_path, bench, 2 * MODES)
+    lost = [trial.variant for trial in store.trials(PROBLEM, "a100") if trial.status != "ok"]
+    assert lost == fatal
+    compilations = [variant for role, variant in bench.asked if role == "compile"]
+    assert len(compilations) > len(set(compilations)) == 2 * MODES
+
+
+def test_the_number_of_programs_is_searched_without_compiling(tmp_path: Path) -> None:
+    """SPLITS does not change the kernels: one compilation, and the store keeps the number the model finds fastest."""
+    problem = family("sinkhorn").problem(4096, 4096, 64, schedule="symmetric")
+    kind = family("sinkhorn")
+
+    def compiled(variant: Variant) -> list[CompiledLaunch]:
+        return [launch(variant)] * len(kind.work(problem, variant).launches)
+
+    bench = Bench(compiled=compiled)
+    winners, _, _ = search(tmp_path, bench, problem=problem)
+    compiled_variants = [variant for role, variant in bench.asked if role == "compile"]
+    assert {variant["SPLITS"] for variant in compiled_variants} <= {1, 2}
+    swept = [winner for winner in winners if winner.variant["fusion"] == "one_sweep"]
+    assert {winner.variant.int("SPLITS") for winner in swept} & {4, 8, 16}
+    for winner in swept:
+        choices = siblings(problem, A100, winner.variant)
+        assert len(choices) >= 4 or winner.variant["SPLITS"] == 1
+        times = [predict(A100, launch_costs(problem, choice, A100, compiled(choice))).microseconds for choice in choices]
+        assert winner.predicted_us == min(times)
+
+
+def test_what_suits_one_precision_is_tried_in_the_others(tmp_path: Path) -> None:
+    """A tile that compiles to a tenth of the instructions is found by one mode and reaches all of them."""
+    special: list[Variant] = []
+    hopeful = score(PROBLEM, A100)
+
+    def compiled(variant: Variant) -> list[CompiledLaunch]:
+        plain = variant.with_(precision="ieee")
+        everywhere = all(hopeful(variant.with_(precision=mode)) < math.inf for mode in ("ieee", "tf32x3", "bf16x3"))
+        if variant["precision"] == "tf32" and variant["stabiliser"] == "shifted" and everywhere and not special:
+            special.append(plain)
+        return [launch(variant, slots=5.0 if plain in special else 100.0)]
+
+    bench = Bench(compiled=compiled)
+    search(tmp_path, bench, 8 * MODES)
+    tried = {variant["precision"] for role, variant in bench.asked if variant.with_(precision="ieee") in special}
+    assert tried == {"ieee", "tf32", "tf32x3", "bf16x3", "bf16", "fp16"}
 
 
 def test_a_wrong_leader_is_replaced_by_the_best_of_the_others(tmp_path: Path) -> None:
@@ -175,15 +238,9 @@ def test_with_the_gpu_times_are_measured_and_the_default_timed_beside(tmp_path: 
     ],
 )
 def test_a_lost_measurement_has_a_class(outcome: tuple[Any, str], status: str, tmp_path: Path) -> None:
-    class Losing(Bench):
-        def next(self) -> Outcome:
-            role, key = self._queue[0]
-            if role == "measure":
-                self._queue.pop(0)
-                return Outcome(key, outcome[0], message=outcome[1], seconds=1.0)
-            return super().next()
-
-    winners, store, _ = search(tmp_path, Losing(), MODES, measured=True)
+    status_of_worker, message = outcome
+    lost = Outcome(None, status_of_worker, message=message, seconds=1.0)
+    winners, store, _ = search(tmp_path, Bench(measured=lambda variant: lost), MODES, measured=True)
     assert winners == []
     assert {trial.status for trial in store.trials(PROBLEM, "a100")} == {status}
 

@@ -55,6 +55,49 @@ def test_what_is_told_is_not_asked_again() -> None:
     assert study.ask() is None
 
 
+def told(study: Study, *variants: Variant) -> None:
+    for variant in variants:
+        study.tell(variant, us(variant))
+
+
+def steps(one: Variant, other: Variant) -> int:
+    """Along axes of numbers one per value, along the others one in all."""
+    places = {axis: [values.index(v[axis]) for v in (one, other)] for axis, values in AXES.items()}  # type: ignore[attr-defined]
+    return sum(1 if axis == "stabiliser" and a != b else abs(a - b) for axis, (a, b) in places.items())
+
+
+def test_every_other_question_is_a_neighbour_of_the_best() -> None:
+    best, worse = Variant(BLOCK_M=64, BLOCK_N=64, num_warps=4, stabiliser="shifted"), LEGAL[0]
+    study = Study(LEGAL, [], seed=1)
+    told(study, worse, best)
+    assert study.best == (us(best), best)
+    for number in range(8):
+        variant = study.ask()
+        assert variant is not None
+        assert number % 2 or steps(variant, best) == 1
+        study.tell(variant, us(best) + 1)
+
+
+def test_of_the_neighbours_the_lowest_score_comes_first_and_the_hopeless_never() -> None:
+    best = Variant(BLOCK_M=64, BLOCK_N=64, num_warps=4, stabiliser="shifted")
+
+    def score(variant: Variant) -> float:
+        return math.inf if variant["stabiliser"] == "running" else float(variant.int("BLOCK_M"))
+
+    study = Study(LEGAL, [], score=score)
+    told(study, best)
+    asked = [study.ask() for _ in range(7)][::2]
+    assert asked[0] == best.with_(BLOCK_M=32)
+    assert all(variant is not None and variant["stabiliser"] == "shifted" for variant in asked)
+
+
+def test_hints_come_after_the_first_ones() -> None:
+    hint, seen = LEGAL[20], LEGAL[3]
+    study = Study(LEGAL, [seen], score=lambda variant: math.inf if variant == LEGAL[21] else 1.0)
+    assert study.ask([hint]) == seen
+    assert study.ask([seen, LEGAL[21], hint]) == hint, "neither what was seen nor what is hopeless"
+
+
 def test_tpe_finds_the_bottom_sooner_than_chance() -> None:
     """Median rank of the best of 30 trials over ten seeds: the sampler must learn from what it is told, failures included."""
 

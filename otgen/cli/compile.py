@@ -30,6 +30,7 @@ def compile(words: tuple[str, ...], slug: str, family: str, shape: str, dtype: s
     from otgen.compile import compile_variant
     from otgen.pool import Pool, Role
     from otgen.render import file_name, source
+    from otgen.toolchain import listings
 
     kinds = [kind.strip() for kind in emit.split(",")]
     target = gpu(slug)
@@ -56,8 +57,9 @@ def compile(words: tuple[str, ...], slug: str, family: str, shape: str, dtype: s
             f"{kernel.spills} spilled bytes, {kernel.shared_bytes} bytes of shared memory"
         )
         name = f"{stem}.{target.arch}.{kernel.name}"
-        contents = {"ptx": kernel.ptx.encode(), "cubin": kernel.binary, "hsaco": kernel.binary}
-        contents |= {"sass": kernel.code.encode(), "amdgcn": kernel.code.encode()}
+        contents = {"ptx": kernel.ptx.encode(), "cubin": kernel.binary, "hsaco": kernel.binary, "amdgcn": kernel.code.encode()}
+        if "sass" in kinds:
+            contents["sass"] = listings([kernel.binary], target.arch)[0].encode()
         for kind in kinds:
             if kind != "source":
                 _write(out / f"{name}.{kind}", contents[kind])

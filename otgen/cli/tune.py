@@ -28,7 +28,7 @@ TOP = 10
 @click.option("--shape", "shapes", multiple=True, metavar="NxMxD", help="A shape to tune; the standard set by default.")
 @click.option("--dtype", default="fp32", show_default=True, metavar="TYPE,...", help="Storage types of the coordinates.")
 @click.option(
-    "--max-trials", default=24, show_default=True, type=click.IntRange(1), help="Variants per problem, earlier ones counted in."
+    "--max-trials", default=30, show_default=True, type=click.IntRange(1), help="Variants per problem, earlier ones counted in."
 )
 @click.option("--budget", metavar="TIME", help="Stop starting trials after this long: 90s, 10m, 2h.")
 @click.option("--sampler", default="tpe", show_default=True, help="What proposes after the model's favourites: tpe, random.")

@@ -1,0 +1,173 @@
+"""What a variant would cost, without compiling it: good enough to choose which to compile first.
+
+Instructions per pair and registers per thread are sums over features of the tile, with coefficients that benchmarks/guess.py fitted
+to compiled kernels, not to times, and wrote to guess.json. There are three kinds of kernel: products on warp-wide matrix
+instructions (mma), on asynchronous ones that read shared memory themselves (async), and on the multiply-add pipe (fma).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from math import ceil, inf
+from pathlib import Path
+
+from otgen.errors import CompileError
+from otgen.families import family
+from otgen.gpus import Gpu
+from otgen.isa import Mix
+from otgen.model import predict
+from otgen.precision import MODES
+from otgen.problem import BYTES, Problem, Variant
+from otgen.workload import CompiledLaunch, Tile, launch_cost
+
+COEFFICIENTS = Path(__file__).with_name("guess.json")
+"""slots per pair, shared-memory accesses (of 128 bytes) per pair, registers per thread → kind of kernel → feature → weight."""
+
+DOUBT = 20
+"""Registers a guess may lie beyond the GPU's and still be worth compiling. Of 40 kernels for an A100 that lay further, 39 spilled,
+and a kernel that spills takes the compiler three times as long."""
+
+
+def estimate(problem: Problem, variant: Variant, gpu: Gpu) -> float:
+    """A score in predicted microseconds, to order variants by, not to show; infinite for one that cannot fit, or would spill."""
+    work = family(problem.family).work(problem, variant)
+    tile = Tile.of(problem, variant, work)
+    mix, needed = guess(tile, variant, gpu)
+    if needed > gpu.registers_per_thread + DOUBT:
+        return inf
+    registers = min(needed, gpu.registers_per_thread)
+    launch = CompiledLaunch("", variant.int("num_warps"), registers, 0, _shared_bytes(tile, variant), mix)
+    try:
+        return predict(gpu, [launch_cost(variant, gpu, tile, sweep, launch) for sweep in work.launches]).microseconds
+    except CompileError:
+        return inf
+
+
+def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
+    """Warp instructions of one tile, and the registers a thread needs: those beyond the GPU's spill, and cost instructions."""
+    kind = kernel_kind(tile, variant, gpu)
+    features = tile_features(tile, variant, gpu)
+    pairs = tile.m * tile.n / (gpu.warp_size * variant.int("num_warps"))
+    slots, shared = (pairs * _weighted(what, kind, features) for what in ("slots", "shared"))
+    needed = ceil(_weighted("registers", kind, features))
+    spilled = max(0, needed - gpu.registers_per_thread)
+    running = features["running"]
+    mix = Mix(
+        slots=slots + 2 * spilled,
+        mufu=pairs,
+        fp32=pairs * (2.0 + running + 2.0 * tile.both_sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)),
+        alu=pairs * (0.4 + 1.5 * running),
+        shared=shared,
+        shuffle=pairs * (8.0 * (1 + running) * features["one over columns"] + 24.0 * features["both sums over rows"]),
+        spills=2.0 * spilled,
+    )
+    return mix, needed
+
+
+def kernel_kind(tile: Tile, variant: Variant, gpu: Gpu) -> str:
+    if tile.unit(gpu) == "fma":
+        return "fma"
+    return "async" if gpu.arch in (90, 100) and tile.m >= 64 and variant.int("num_warps") >= 4 else "mma"
+
+
+def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
+    """What instructions and registers are counted from. A warp's part of the tile is `rows` × `columns` pairs."""
+    warps = variant.int("num_warps")
+    lanes = gpu.warp_size * warps
+    pairs = tile.m * tile.n / lanes
+    rows = max(16.0, tile.m / warps)
+    columns = max(8.0, tile.m * tile.n / warps / rows)
+    running = float(variant["stabiliser"] == "running")
+    itemsize = 4 if tile.unit(gpu) in ("tf32", "fp32", "fma") else 2
+    split = MODES[tile.precision].products > 1
+    streamed, values = tile.n * tile.k / lanes, 0.0 if tile.shares_values else tile.n * tile.w / lanes
+    return {
+        "one": 1.0,
+        "running": running,
+        "both sums": float(tile.both_sums),
+        "second product": float(tile.products - 1),
+        "output": float(tile.w > 0),
+        "looped": float(not tile.resident),
+        "depth": tile.depth * itemsize / 128,
+        "depth over rows": tile.depth * itemsize / rows / 4,
+        "depth over columns": tile.depth * itemsize / columns / 4,
+        "split over rows": split * tile.depth / rows,
+        "loads": tile.n * tile.d / lanes / pairs,
+        "row loads": (not tile.resident) * tile.m * tile.d / lanes / pairs,
+        "value loads": values / pairs,
+        "one over columns": 1.0 / columns,
+        "running over columns": running / columns,
+        "both sums over rows": tile.both_sums / rows,
+        "one over pairs": 1.0 / pairs,
+        "pairs": pairs,
+        "running pairs": running * pairs,
+        "weighted pairs": pairs * (tile.w > 0),
+        "outputs": tile.m * tile.w / lanes,
+        "row operand": (not split) * rows * tile.k * itemsize / 256,
+        "split operands": split * (rows + columns) * tile.k / 32,
+        "streamed at once": streamed * (variant.int("num_stages") == 1),
+        "streamed ahead": streamed * (variant.int("num_stages") > 1),
+        "row block": tile.m * tile.k / lanes,
+        "values": values,
+        "rows": rows / 4,
+    }
+
+
+PER_PAIR = (
+    "one",
+    "running",
+    "both sums",
+    "second product",
+    "output",
+    "looped",
+    "depth",
+    "depth over rows",
+    "depth over columns",
+    "split over rows",
+    "loads",
+    "row loads",
+    "value loads",
+    "one over columns",
+    "running over columns",
+    "both sums over rows",
+    "one over pairs",
+)
+"""Features that instructions per pair are counted from."""
+
+PER_THREAD = (
+    "one",
+    "second product",
+    "pairs",
+    "running pairs",
+    "weighted pairs",
+    "outputs",
+    "row operand",
+    "split operands",
+    "streamed at once",
+    "streamed ahead",
+    "row block",
+    "values",
+    "rows",
+)
+"""Features that registers are counted from."""
+
+
+def _weighted(what: str, kind: str, features: Mapping[str, float]) -> float:
+    return sum(weight * features[name] for name, weight in _coefficients()[what][kind].items())
+
+
+@lru_cache
+def _coefficients() -> dict[str, dict[str, dict[str, float]]]:
+    loaded: dict[str, dict[str, dict[str, float]]] = json.loads(COEFFICIENTS.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _shared_bytes(tile: Tile, variant: Variant) -> int:
+    """Shared memory of the pipelined operands, the resident row block and the scratch of reductions."""
+    streamed = tile.n * tile.k if tile.resident else (tile.m + tile.n) * tile.k
+    values = 0 if tile.shares_values else tile.n * tile.w
+    buffers = max(1, variant.int("num_stages") - 1)
+    own = tile.m * tile.k * BYTES["fp32"] if tile.resident else 0
+    return (streamed + values) * buffers * tile.itemsize + own + 4 * variant.int("num_warps") * tile.m
