@@ -164,6 +164,7 @@ class Work:
 class Family:
     """One kernel family: the same name in templates/, otgen/families/, tests/ and the database.
 
+    formula    what it computes, in the notation of its template
     flags      name → the values it may take; ``int`` stands for any positive integer
     axes       problem → axis → the values that may be tried (before `fits`); BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages,
                precision and stabiliser are always among them (`otgen.families.tiles.tile_axes`): the model and the checks read them

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from otgen import gpus
+from otgen import families, gpus
 from otgen.cli.arguments import parse_problem
 from otgen.dispatch import Dispatcher, Explanation, cure, reason
 from otgen.errors import UsageError
@@ -41,6 +41,7 @@ def why(family: str, shape: str, flags: tuple[str, ...], gpu: str, dtype: str, p
             pass
     explanation = Dispatcher([path] if path else None).explain(problem, slug, modes)
     click.echo(f"{problem} on {slug}, precision {', '.join(modes)}")
+    click.echo(f"computes {families.family(problem.family).formula}")
     click.echo(f"looked up as {centre(problem).shape}: n and m rounded to powers of two")
     _print_sources(explanation)
     _print_rows(explanation)
