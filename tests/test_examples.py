@@ -7,20 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-
-@pytest.fixture(autouse=True)
-def streamed(monkeypatch):
-    """The PyTorch path, on one thread: tests may run side by side."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("streamed")
 
 
 def example(name):
