@@ -60,7 +60,7 @@ class Clouds:
     """What the kernels take: float32 (float64 for float64 points), contiguous, `shift` subtracted from all points.
 
     x, y        (n, d), (m, d) centred points;  x_sq, y_sq  their squared norms
-    a, b        (n,), (m,) weights, never the caller's own tensors;  mass  the total weight of a, and up to rounding of b
+    a, b        (n,), (m,) weights, never the caller's own tensors;  mass  the total weight of a side, the mean of both
     shift       (d,) mean of both clouds, one vote for each point
     radius      largest norm of a centred point;  reach  the same over points of positive weight
     """
@@ -79,6 +79,12 @@ class Clouds:
     @cached_property
     def swapped(self) -> Clouds:
         return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.mass, self.radius, self.reach)
+
+    @cached_property
+    def own(self) -> Clouds:
+        """The problem of the first side with itself."""
+        x, a, x_sq = self.x, self.a, self.x_sq
+        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, float(a.sum(dtype=torch.float64)), self.radius, self.reach)
 
 
 def working_dtype(points: Tensor) -> torch.dtype:
@@ -109,8 +115,11 @@ def read(X_a: Any, X_b: Any, a: Any, b: Any) -> Given:
     return Given(x, y, *weights, numpy)
 
 
-def centre(given: Given) -> Clouds:
-    """The clouds of `given`, detached. Raises InputError for values that are not finite, or weights that cannot be transported."""
+def centre(given: Given, *, balanced: bool = True) -> Clouds:
+    """The clouds of `given`, detached.
+
+    Raises InputError for values that are not finite, weights that cannot be transported, and, when `balanced`, unequal masses.
+    """
     dtype = working_dtype(given.x)
     x, y = given.x.detach().to(dtype), given.y.detach().to(dtype)
     shift = (x.sum(0) + y.sum(0)) / (x.shape[0] + y.shape[0])
@@ -130,12 +139,12 @@ def centre(given: Given) -> Clouds:
         if mass == 0:
             raise InputError(f"expected a positive total weight in {name}; got zeros only; leave {name} out for uniform weights")
     tolerance = max((MASS_TOLERANCE[w.dtype] for w in (given.a, given.b) if w is not None), default=MASS_TOLERANCE[dtype])
-    if abs(a_mass - b_mass) > tolerance * max(a_mass, b_mass):
+    if balanced and abs(a_mass - b_mass) > tolerance * max(a_mass, b_mass):
         raise InputError(
             f"expected equal masses; got sum(a) = {a_mass:.9g} and sum(b) = {b_mass:.9g}; "
-            "type a / a.sum() and b / b.sum() to normalise both, or a * (b.sum() / a.sum()) to rescale one"
+            "type a / a.sum() and b / b.sum() to normalise both, or unbalanced=1.0 to let the masses differ at a price"
         )
-    return Clouds(x, y, a, b, x_sq, y_sq, shift, a_mass, math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
+    return Clouds(x, y, a, b, x_sq, y_sq, shift, (a_mass + b_mass) / 2, math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
 
 
 def _tensor(name: str, value: Any, numpy: bool) -> Tensor:

@@ -11,7 +11,7 @@ from otgen.errors import InputError
 from otgen.problem import Variant
 from otgen.solvers.inputs import Given
 from otgen.solvers.sinkhorn import Stop
-from otgen.solvers.solution import Solution
+from otgen.solvers.solution import Divergence
 
 PLAN_LIMIT = 1 << 30
 """Largest dense plan, in bytes, that is handed out."""
@@ -32,9 +32,11 @@ class OTResult:
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
                     is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
                     up to (f + t, g − t), so only changes of weights that keep the masses equal have a meaning. Once
-                    differentiable.
-    marginal_error  (Σ|r − a| + Σ|c − b|)/Σa of the plan's marginals r = P·1, c = Pᵀ·1 (after an alternating solve c = b): the
-                    share of the mass that is in the wrong place
+                    differentiable. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a), likewise for b, comes in.
+                    Debiased, OT(a,b) − OT(a,a)/2 − OT(b,b)/2 + reg/2·(Σa − Σb)²; all else is that of the plan between a and b,
+                    but for marginal_error and stop, which are the worst of the three problems', and passes, which add up
+    marginal_error  (Σ|r − a| + Σ|c − b|) as a share of the mass, for the plan's marginals r = P·1, c = Pᵀ·1 (c = b but after a
+                    symmetric solve): how much of it is in the wrong place. Unbalanced, a·exp(−f/ρ) stands for a
     n_iters         updates of the pair of potentials;  passes  sweeps over the n × m pairs that they took
     stop            "tol"; "max_iter"; "precision floor", rounding kept the error from falling any further; or "nan", the sums did
                     not fit the range of the dtype
@@ -43,16 +45,19 @@ class OTResult:
     seconds         wall time of the solve
     """
 
-    def __init__(self, solution: Solution, given: Given, value: torch.Tensor, seconds: float) -> None:
-        outcome = solution.outcome
-        self._solution, self._given = solution, given
+    def __init__(self, divergence: Divergence, given: Given, value: torch.Tensor, seconds: float) -> None:
+        self._divergence, self._given = divergence, given
+        self._solution = solution = divergence.cross
+        outcomes = [part.outcome for part in divergence.solutions]
+        worst = max(outcomes, key=lambda outcome: (outcome.stop != "tol", outcome.error))
         self.reg = solution.eps
+        self.unbalanced: tuple[float, float] = (solution.steps.rho_a, solution.steps.rho_b)
         self.value: Any = given.answer(value)
         self._value = value.detach().clone()
-        self.marginal_error: float = outcome.error
-        self.n_iters: int = outcome.n_iters
-        self.passes: int = outcome.passes
-        self.stop: Stop = outcome.stop
+        self.marginal_error: float = worst.error
+        self.n_iters: int = solution.outcome.n_iters
+        self.passes: int = sum(outcome.passes for outcome in outcomes)
+        self.stop: Stop = worst.stop
         self.seconds = seconds
         self.precision: str = "fp64" if solution.clouds.x.dtype == torch.float64 else "fp32"
         self.variant: Variant | None = None
@@ -86,6 +91,18 @@ class OTResult:
     def potential_b(self) -> Any:
         """g (m,), in units of the cost."""
         return self._given.answer(self._solution.g)
+
+    @cached_property
+    def potential_aa(self) -> Any:
+        """(n,) potential of X_a's transport to itself; None unless debiased."""
+        own = self._divergence.own_a
+        return None if own is None else self._given.answer(own.f)
+
+    @cached_property
+    def potential_bb(self) -> Any:
+        """(m,) potential of X_b's transport to itself; None unless debiased."""
+        own = self._divergence.own_b
+        return None if own is None else self._given.answer(own.f)
 
     @property
     def potentials(self) -> tuple[Any, Any]:

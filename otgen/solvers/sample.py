@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,21 +14,22 @@ from torch import Tensor
 
 from otgen import ops
 from otgen.errors import InputError, unknown
-from otgen.precision import ALIASES, MODES, admissible, floor, mode_name, representable
+from otgen.precision import MODES
 from otgen.solvers import sinkhorn
-from otgen.solvers.inputs import Clouds, Given, centre, read
+from otgen.solvers.annealing import anneal, stages
+from otgen.solvers.inputs import Given, centre, read
+from otgen.solvers.options import count_of, precision_modes, regularisation, relaxation, tolerance
 from otgen.solvers.result import ConvergenceWarning, OTResult
-from otgen.solvers.solution import Solution, scale, scaled, value
+from otgen.solvers.sinkhorn import Watch
+from otgen.solvers.solution import Divergence, Solution, value
+from otgen.solvers.steps import Steps
+from otgen.solvers.verdict import complaint, least_error
 
-METHODS = {"alternating": (sinkhorn.alternating, ops.ALTERNATING), "symmetric": (sinkhorn.symmetric, ops.SYMMETRIC)}
+METHODS = ("alternating", "symmetric", "anderson")
 
 METRICS = ("sqeuclidean",)
 
-VALUE_ERROR = 1e-4
-"""Error of the value, per squared radius of the clouds, above which a float32 answer warns."""
-
-ONE_POINT = 2.0**-20
-"""Reach of the clouds, per distance to the origin, that the rounding of float32 coordinates explains."""
+Callback = Callable[[int, float], object]
 
 
 def solve_sample(
@@ -37,29 +39,43 @@ def solve_sample(
     b: Any = None,
     *,
     metric: str = "sqeuclidean",
-    reg: float,
+    reg: float | None = None,
+    unbalanced: Any = None,
+    unbalanced_type: str = "KL",
+    debias: bool = False,
     method: str = "auto",
     max_iter: int = 2000,
     tol: float = 1e-3,
     potentials_init: tuple[Any, Any] | None = None,
+    blur: float | None = None,
+    reach: Any = None,
     precision: str = "auto",
+    callback: Callback | None = None,
 ) -> OTResult:
-    """Balanced transport of minimal <P, C> + reg·KL(P | a⊗b), with C = |x − y|², in O((n + m) d) memory.
+    """Transport of minimal <P, C> + reg·KL(P | a⊗b) with C = |x − y|², in O((n + m) d) memory.
 
     X_a, X_b         (n, d), (m, d) points: torch tensors on one device, or numpy arrays. Half precision is computed, and answered,
                      in float32.
-    a, b             (n,), (m,) weights of equal mass, zeros allowed; uniform with mass 1 when left out. Nothing is normalised.
+    a, b             (n,), (m,) weights, zeros allowed; uniform with mass 1 when left out. Nothing is normalised.
     metric           "sqeuclidean"
-    reg              weight of the entropy, in units of C: GeomLoss's 2·blur², POT's reg with reg_type="KL"
+    reg              weight of the entropy, in units of C: POT's reg with reg_type="KL";  blur  its alias: reg = 2·blur²
+    unbalanced       None: the plan has the marginals a and b, whose masses must be equal. ρ: it may miss them, at the price
+                     ρ·KL(P·1 | a) + ρ·KL(Pᵀ·1 | b), in units of C. (ρ_a, ρ_b): each its own price, None for a marginal that must
+                     fit. unbalanced_type  "KL";  reach  the alias: unbalanced = 2·reach², a number or a pair likewise
+    debias           the Sinkhorn divergence, less half of each measure's own cost: OTResult says what changes
     method           "alternating": f, then g from the new f;  "symmetric": both from the old pair and averaged with it, starting
-                     from (T_f(0), T_g(0)) and ending with a full step (`otgen.solvers.sinkhorn.symmetric`);  "auto": alternating
-    max_iter, tol    stop after so many updates of the pair, or at a marginal error of at most tol: (Σ|P·1 − a| + Σ|Pᵀ·1 − b|)/Σa,
-                     a share of the mass (the second sum is zero after an alternating update). A CPU looks at the error after every
-                     update, a GPU after every eighth, each look being a wait for the device. A tolerance that was missed, or that
-                     float32 cannot hold, and a reg for which it loses the value, are a ConvergenceWarning.
+                     from (T_f(0), T_g(0)) and ending with a full step;  "anderson": alternating, its iterates mixed, after stages
+                     of larger reg where the problem is hard (`otgen.solvers.annealing`);  "auto": anderson
+    max_iter, tol    stop after so many updates of the pair, or at a marginal error of at most tol: (Σ|P·1 − a| + Σ|Pᵀ·1 − b|), as
+                     a share of the mass (the second sum is zero but in the symmetric method). For a relaxed marginal a·exp(−f/ρ)
+                     stands for a, which it is at the solution. A CPU looks at the error after every update, a GPU after every
+                     eighth, each look being a wait for the device. A tolerance that was missed, or that float32 cannot hold, and
+                     a reg for which it loses the value, are a ConvergenceWarning.
     potentials_init  (f, g) to start from, for instance ``result.potentials`` of a similar problem; zeros when left out
-    precision        how coordinates are multiplied: "auto" takes the fastest whose rounding leaves tol within reach; "fp64" for
-                     float64 points, "fp32", and on a GPU the modes of `otgen.precision` are taken as asked for, or refused
+    precision        how coordinates are multiplied: "auto" takes the fastest whose rounding leaves tol within reach, and a finer
+                     one when the error stalls; "fp64" for float64 points, "fp32", and on a GPU the modes of `otgen.precision` are
+                     taken as asked for, or refused
+    callback         called with the updates done and the marginal error, whenever the error is looked at
 
     Potentials follow P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg). Raises InputError for data, and UsageError for names, that make no
     transport problem.
@@ -69,120 +85,90 @@ def solve_sample(
         raise unknown("metric", str(metric), METRICS)
     if method != "auto" and method not in METHODS:
         raise unknown("method", str(method), ["auto", *METHODS])
-    eps, tol, max_iter = _positive("reg", reg), _tolerance(tol), _count(max_iter)
+    eps, (rho_a, rho_b) = regularisation(reg, blur), relaxation(unbalanced, unbalanced_type, reach)
+    limits = _Limits(tolerance(tol), count_of(max_iter), callback or (lambda n, error: None))
     given = read(X_a, X_b, a, b)
-    clouds = centre(given)
-    modes = _modes(precision, clouds, eps, tol)
-    loop, flags = METHODS["alternating" if method == "auto" else method]
-    u, v = _start(given, clouds, eps, potentials_init)
-    choice = ops.kernel("sinkhorn", clouds.x, clouds.y, flags, modes).choice
-    least = _floor(clouds, eps, "ieee" if choice is None else choice.precision)
-    outcome = loop(clouds, u, v, scale=scale(eps), modes=modes, tol=tol, floor=least, max_iter=max_iter)
-    solution = Solution(clouds, eps, outcome, modes, choice)
-    result = OTResult(solution, given, value(solution, given), time.perf_counter() - started)
-    if complaint := _complaint(result, clouds, tol, least):
-        warnings.warn(complaint, ConvergenceWarning, stacklevel=2)
+    clouds = centre(given, balanced=math.isinf(rho_a) and math.isinf(rho_b))
+    steps = Steps(clouds, eps, precision_modes(precision, clouds, eps, limits.tol), rho_a, rho_b)
+    pair = _pair(given, steps, potentials_init)
+    cross = _solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
+    divergence = Divergence(cross)
+    if debias:
+        own = [_own(Steps(side.clouds.own, eps, side.modes, side.rho_a, side.rho_a), limits) for side in (steps, steps.swapped)]
+        divergence = Divergence(cross, *own)
+    result = OTResult(divergence, given, value(divergence, given), time.perf_counter() - started)
+    if said := complaint(result, clouds, limits.tol, _least(cross)):
+        warnings.warn(said, ConvergenceWarning, stacklevel=2)
     return result
 
 
-def _boolean(number: Any) -> bool:
-    return str(getattr(number, "dtype", type(number).__name__)).removeprefix("torch.") == "bool"
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    tol: float
+    max_iter: int
+    callback: Callback
+
+    def watch(self, steps: Steps, precision: str, done: int = 0) -> Watch:
+        """Over what remains after `done` iterations."""
+        least = least_error(steps.clouds, steps.eps, precision)
+        spare = max(1, self.max_iter - done)
+        return Watch(self.tol, least, spare, sinkhorn.interval(steps.clouds.x), lambda n, error: self.callback(n + done, error))
 
 
-def _positive(name: str, number: Any) -> float:
-    try:
-        converted = math.nan if _boolean(number) else float(number)
-    except (TypeError, ValueError):
-        converted = math.nan
-    if not 0.0 < converted < math.inf:
-        raise InputError(f"expected a finite number above 0 for {name}; got {number!r}; type for example {name}=0.1")
-    return converted
+def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limits: _Limits, *, finer: bool) -> Solution:
+    """The problem's solution from the potentials `pair`, or from none.
+
+    finer  whether a loop that stalls on the rounding of its precision goes on in the next finer one
+    """
+    done = passes = 0
+    nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
+    u, v = steps.scaled(*(pair or nothing))
+    if method == "anderson" and pair is None:
+        stage = anneal(steps, *nothing, stages(steps.clouds.reach, steps.eps)[: limits.max_iter - 1])
+        u, v, done, passes = stage.u, stage.v, stage.n_iters, stage.passes
+    while True:
+        flags = ops.SYMMETRIC if method == "symmetric" else ops.ALTERNATING
+        choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.y, flags, steps.modes).choice
+        watch = limits.watch(steps, "ieee" if choice is None else choice.precision, done)
+        if method == "symmetric":
+            outcome = sinkhorn.symmetric(steps, u, v, watch)
+        else:
+            outcome = sinkhorn.alternating(steps, u, v, watch, accelerated=method == "anderson")
+        done, passes = done + outcome.n_iters, passes + outcome.passes
+        outcome = replace(outcome, n_iters=done, passes=passes)
+        modes = _finer(steps.modes, choice.precision) if finer and choice is not None else ()
+        if outcome.stop != "precision floor" or not modes or done >= limits.max_iter:
+            return Solution(steps, outcome, choice)
+        steps, u, v = replace(steps, modes=modes), outcome.u, outcome.v
 
 
-def _tolerance(tol: Any) -> float:
-    return 0.0 if isinstance(tol, (int, float)) and not _boolean(tol) and tol == 0 else _positive("tol", tol)
+def _finer(modes: tuple[str, ...], precision: str) -> tuple[str, ...]:
+    """Those of `modes` that round less than `precision`."""
+    order = list(MODES)
+    return tuple(mode for mode in modes if order.index(mode) < order.index(precision))
 
 
-def _count(max_iter: Any) -> int:
-    try:
-        count = 0 if _boolean(max_iter) else operator.index(max_iter)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise InputError(f"expected an integer of at least 1 for max_iter; got {max_iter!r}; type for example max_iter=2000")
-    return count
+def _own(steps: Steps, limits: _Limits) -> Solution:
+    """A measure's transport to itself."""
+    choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.ALTERNATING, steps.modes).choice
+    watch = replace(limits, callback=lambda n, error: None).watch(steps, "ieee" if choice is None else choice.precision)
+    u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))
+    return Solution(steps, sinkhorn.self_problem(steps, u, watch), choice)
 
 
-def _modes(precision: str, clouds: Clouds, eps: float, tol: float) -> tuple[str, ...]:
-    """The admissible precision modes of a sweep. Raises UsageError for an unknown one, InputError for one that cannot be had."""
-    double, streamed = clouds.x.dtype == torch.float64, ops.streamed(clouds.x)
-    if precision not in ("auto", "fp64", *ALIASES, *MODES):
-        raise unknown("precision", str(precision), ["auto", "fp64", *ALIASES, *MODES])
-    if precision == "auto":
-        return ("ieee",) if streamed else admissible(clouds.radius, eps, tol)
-    if precision == "fp64" or double:
-        if not (precision == "fp64" and double):
-            came, cure = ("float64", "X_a.float(), X_b.float()") if double else ("lower precision", "X_a.double(), X_b.double()")
-            wanted = "float64" if precision == "fp64" else "float32"
-            raise InputError(f"expected {wanted} points for precision={precision!r}; got {came}; type {cure}, or precision='auto'")
-        return ("ieee",)
-    mode = mode_name(precision)
-    if streamed and mode != "ieee":
-        raise InputError(f"expected points on a GPU for precision={precision!r}; got {clouds.x.device}; type precision='fp32'")
-    if not representable(mode, clouds.radius, eps):
-        raise InputError(
-            f"expected coordinates inside the range of {mode}; reg={eps:g} scales them out of it; type precision='tf32'"
-        )
-    return (mode,)
+def _least(solution: Solution) -> float:
+    precision = "ieee" if solution.choice is None else solution.choice.precision
+    return least_error(solution.clouds, solution.eps, precision)
 
 
-def _start(given: Given, clouds: Clouds, eps: float, potentials: tuple[Any, Any] | None) -> tuple[Tensor, Tensor]:
-    """The scaled potentials of the pair to start from."""
+def _pair(given: Given, steps: Steps, potentials: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:
+    """The potentials to start from, in units of the cost."""
     if potentials is None:
-        return -scale(eps) / 2 * clouds.x_sq, -scale(eps) / 2 * clouds.y_sq
+        return None
     if not isinstance(potentials, (tuple, list)) or len(potentials) != 2:
         raise InputError(f"expected a pair (f, g) for potentials_init; got {type(potentials).__name__}; type result.potentials")
-    f = given.argument("potentials_init[0]", potentials[0], tuple(clouds.a.shape))
-    g = given.argument("potentials_init[1]", potentials[1], tuple(clouds.b.shape))
+    f = given.argument("potentials_init[0]", potentials[0], tuple(steps.clouds.a.shape))
+    g = given.argument("potentials_init[1]", potentials[1], tuple(steps.clouds.b.shape))
     if not math.isfinite(float(f.sum() + g.sum())):
         raise InputError("expected finite potentials_init; got NaN or infinite ones; leave potentials_init out")
-    return scaled(f, clouds.x_sq, eps), scaled(g, clouds.y_sq, eps)
-
-
-def _floor(clouds: Clouds, eps: float, mode: str) -> float:
-    """The least marginal error that rounding allows: of the scores, by the rule of `otgen.precision`, and of the sums."""
-    scores = floor(mode, clouds.reach, eps)
-    if clouds.x.dtype == torch.float64:
-        scores *= 2.0**-29  # 53 bits where the rule's "ieee" has 24
-    return max(scores, torch.finfo(clouds.x.dtype).eps)
-
-
-def _complaint(result: OTResult, clouds: Clouds, tol: float, least: float) -> str:
-    """What a warning says of a tolerance that was missed, or of an answer float32 cannot hold, and the cure; empty if all is well.
-
-    least  the marginal error rounding allows (`_floor`)
-    """
-    double = result.precision == "fp64"
-    cure = "raise reg or tol" if double else "pass float64 points, or raise reg or tol"
-    beyond = f"float32 cannot hold tol={tol:g}: its floor here is about {least:.0e}; {cure}"
-    if result.precision != "fp32" or least <= tol:
-        beyond = ""
-    if result.converged:
-        return beyond or _lost_value(result, clouds)
-    reason = {
-        "max_iter": beyond or "raise max_iter, reg or tol",
-        "precision floor": f"{result.precision} rounding keeps it there: {cure}",
-        "nan": f"reg={result.reg:g} is too small for {result.precision} at this distance of the clouds: raise it",
-        "tol": "",
-    }[result.stop]
-    return f"the marginal error is {result.marginal_error:.1e} after {result.n_iters} iterations, above tol={tol:g}; {reason}"
-
-
-def _lost_value(result: OTResult, clouds: Clouds) -> str:
-    """The complaint that f = u/kappa rounds to reg·2⁻²³, however small the cost; empty in float64, and for a single point."""
-    lost = result.reg * 2.0**-23
-    if clouds.x.dtype == torch.float64 or lost <= VALUE_ERROR * clouds.reach**2:
-        return ""
-    if clouds.reach <= ONE_POINT * float(clouds.shift.norm()):
-        return ""
-    return f"float32 rounds the value and the potentials to {lost:.0e} at reg={result.reg:g}; pass float64 points, or lower reg"
+    return f, g

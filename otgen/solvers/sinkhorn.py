@@ -1,20 +1,20 @@
-"""The two Sinkhorn loops, on scaled potentials (u, v) as defined in `otgen.families.sinkhorn`.
+"""The Sinkhorn loops, on scaled potentials (u, v) as defined in `otgen.families.sinkhorn`.
 
-They know nothing of storage or devices: a sweep is a call of `otgen.ops`, and its row sums are the marginal error of the pair that
-came in, so that watching convergence costs no sweep.
+They know nothing of storage or devices: a sweep is a call of `otgen.solvers.steps`, and its row sums are the marginal error of the
+pair that came in, so that watching convergence costs no sweep.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from otgen import ops
-from otgen.solvers.inputs import Clouds
+from otgen.solvers.anderson import Anderson
+from otgen.solvers.steps import Steps
 
 Stop = Literal["tol", "max_iter", "precision floor", "nan"]
 
@@ -34,7 +34,8 @@ class Outcome:
 
     u, v      (n,), (m,) scaled potentials
     r, c      (n,), (m,) marginals of their plan
-    error     marginal error of (u, v), a share of the mass:  (Σ|r − a| + Σ|c − b|)/mass
+    error     marginal error of (u, v), a share of the mass:  (Σ|r − a| + Σ|c − b|)/mass, for a relaxed marginal with its target
+              (`Steps.row_target`) instead of a or b
     n_iters   updates of the pair;  passes  sweeps over the n × m pairs (rows redone with the running maximum are not counted)
     """
 
@@ -50,12 +51,16 @@ class Outcome:
 
 @dataclass
 class Watch:
-    """Says when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass."""
+    """Says when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass.
+
+    callback  told the iterations done and the error whenever the error is looked at
+    """
 
     tol: float
     floor: float
     max_iter: int
     interval: int
+    callback: Callable[[int, float], object] = lambda n, error: None
     best: float = field(default=math.inf, init=False)
     best_at: int = field(default=0, init=False)
 
@@ -64,6 +69,7 @@ class Watch:
 
     def stop(self, error: float, n: int) -> Stop | None:
         """The reason to stop at an error met after `n` iterations, or None."""
+        self.callback(n, error)
         if math.isnan(error):
             return "nan"
         if error <= self.tol:
@@ -79,68 +85,77 @@ class Watch:
         return "precision floor" if self.best <= FLOOR_SLACK * self.floor else None
 
 
-def alternating(
-    clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, floor: float, max_iter: int
-) -> Outcome:
-    """Gauss–Seidel, f ← T_f(g) then g ← T_g(f), from (u, v). Its columns fit exactly, so the error is that of the rows."""
-    x, y, a, b, x_sq, y_sq = clouds.x, clouds.y, clouds.a, clouds.b, clouds.x_sq, clouds.y_sq
-    watch = Watch(tol, floor, max_iter, _interval(x))
-    u_next, _ = ops.sinkhorn_half_step(x, y, u, v, b, x_sq, scale=scale, modes=modes)
+def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated: bool = False) -> Outcome:
+    """Gauss–Seidel, f ← T_f(g) then g ← T_g(f), from (u, v). Its columns fit exactly, so the error is that of the rows.
+
+    accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`)
+    """
+    mixer = Anderson(steps.clouds.a, gauge=steps.balanced) if accelerated else None
+    u, _ = steps.rows(u, v)
     n = 0
     while True:
         n += 1
-        u = u_next
-        v, _ = ops.sinkhorn_half_step(y, x, v, u, a, y_sq, scale=scale, modes=modes)
-        u_next, rho = ops.sinkhorn_half_step(x, y, u, v, b, x_sq, scale=scale, modes=modes)
+        v, _ = steps.columns(u, v)
+        image, rho = steps.rows(u, v)
         if watch.due(n):
-            r = _marginal(a, rho)
-            error = float((r - a).abs().sum()) / clouds.mass
-            if stop := watch.stop(error, n):
-                return Outcome(u, v, r, b, error, n, 1 + 2 * n, stop)
+            r, error = steps.row_miss(u, rho)
+            met = float(error)
+            if stop := watch.stop(met, n):
+                return Outcome(u, v, r, steps.swapped.row_target(v), met, n, 1 + 2 * n, stop)
+        image, _ = steps.translated(image, v)
+        residual = -rho.log2() if steps.balanced else image - u
+        u = image if mixer is None else mixer.next(image, residual)
 
 
-def symmetric(
-    clouds: Clouds, u: Tensor, v: Tensor, *, scale: float, modes: tuple[str, ...], tol: float, floor: float, max_iter: int
-) -> Outcome:
+def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
     """Averaged Jacobi, (f, g) ← ((f + T_f(g))/2, (g + T_g(f))/2), both from the old pair.
 
     It starts from (T_f(g), T_g(f)) of the pair given. After at most max_iter − 1 averaged steps one full step (T_f(g), T_g(f))
     follows, whose error is measured by a sweep of its own; it is kept if that is no larger.
     """
-    x, y, a, b, x_sq, y_sq = clouds.x, clouds.y, clouds.a, clouds.b, clouds.x_sq, clouds.y_sq
-    choice = ops.kernel("sinkhorn", x, y, ops.SYMMETRIC, modes).choice
-    sweeps = 1 if choice is None or choice.variant["fusion"] == "one_sweep" else 2
-    watch = Watch(tol, floor, max_iter - 1, _interval(x))
+    last = watch.max_iter - 1
 
-    def step(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.sinkhorn_symmetric_step(x, y, u, v, a, b, x_sq, y_sq, scale=scale, modes=modes)
+    def met(u: Tensor, v: Tensor, rho: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, float]:
+        (r, missed), (c, missed_too) = steps.row_miss(u, rho), steps.swapped.row_miss(v, gamma)
+        return r, c, float(missed + missed_too)
 
-    def met(rho: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, float]:
-        r, c = _marginal(a, rho), _marginal(b, gamma)
-        return r, c, float((r - a).abs().sum() + (c - b).abs().sum()) / clouds.mass
-
-    u_half, v_half, _, _ = step(u, v)
+    u_half, v_half, _, _ = steps.both(u, v)
     u, v = 2.0 * u_half - u, 2.0 * v_half - v
     n = 0
     while True:
-        u_half, v_half, rho, gamma = step(u, v)
-        if watch.due(n):
-            r, c, error = met(rho, gamma)
-            if stop := watch.stop(error, n):
+        u_half, v_half, rho, gamma = steps.both(u, v)
+        if watch.due(n) or n == last:
+            r, c, error = met(u, v, rho, gamma)
+            stop = watch.stop(error, n) or ("max_iter" if n == last else None)
+            if stop:
                 break
         u, v, n = u_half, v_half, n + 1
     u_full, v_full = 2.0 * u_half - u, 2.0 * v_half - v
-    r_full, c_full, error_full = met(*step(u_full, v_full)[2:])
-    passes = sweeps * (n + 3)
+    r_full, c_full, error_full = met(u_full, v_full, *steps.both(u_full, v_full)[2:])
+    passes = steps.sweeps * (n + 3)
     if error_full <= error:
-        return Outcome(u_full, v_full, r_full, c_full, error_full, n + 1, passes, "tol" if error_full <= tol else stop)
+        return Outcome(u_full, v_full, r_full, c_full, error_full, n + 1, passes, "tol" if error_full <= watch.tol else stop)
     return Outcome(u, v, r, c, error, n, passes, stop)
 
 
-def _interval(x: Tensor) -> int:
+def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
+    """One potential for a problem whose sides are the same measure: f ← (f + T_f(f))/2, after a full first step.
+
+    The averaged map contracts: each step halves what the last one missed, or better (Feydy et al. 2019, section 3.1).
+    """
+    u, _ = steps.rows(u, u)
+    n = 0
+    while True:
+        n += 1
+        half, rho = steps.rows(u, u, step=0.5)
+        if watch.due(n):
+            r, missed = steps.row_miss(u, rho)
+            error = 2.0 * float(missed)
+            if stop := watch.stop(error, n):
+                return Outcome(u, u, r, r, error, n, 1 + n, stop)
+        u = half
+
+
+def interval(x: Tensor) -> int:
+    """Iterations between two looks at the error."""
     return 1 if x.device.type == "cpu" else GPU_INTERVAL
-
-
-def _marginal(weights: Tensor, sums: Tensor) -> Tensor:
-    """weights·sums, with an exact zero where there is no weight, however large the sum."""
-    return torch.where(weights > 0, weights * sums, 0.0)

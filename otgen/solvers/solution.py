@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,65 +12,59 @@ from torch import Tensor
 
 from otgen import ops
 from otgen.errors import UsageError
-from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
+from otgen.solvers.steps import Steps, scale, unscaled
 
 if TYPE_CHECKING:
     from otgen.dispatch import Choice
 
 
-def kappa(eps: float) -> float:
-    """Scaled potentials, in base 2, per unit of cost."""
-    return LOG2_E / eps
-
-
-def scale(eps: float) -> float:
-    """The factor of <x, y> in a score, for C = |x − y|²."""
-    return 2.0 * kappa(eps)
-
-
-def scaled(potential: Tensor, squares: Tensor, eps: float) -> Tensor:
-    """u = kappa·f − (scale/2)·|x|²."""
-    return kappa(eps) * potential - scale(eps) / 2 * squares
-
-
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Clouds, eps, and where the loop ended.
+    """A problem and where its loop ended.
 
-    modes   the admissible precisions of every further sweep
     choice  the variant that ran the loop; None in streamed PyTorch
     """
 
-    clouds: Clouds
-    eps: float
+    steps: Steps
     outcome: Outcome
-    modes: tuple[str, ...]
     choice: Choice | None
+
+    @property
+    def clouds(self) -> Clouds:
+        return self.steps.clouds
+
+    @property
+    def eps(self) -> float:
+        return self.steps.eps
 
     @property
     def f(self) -> Tensor:
         """(n,) potential in units of the cost."""
-        return (self.outcome.u + scale(self.eps) / 2 * self.clouds.x_sq) / kappa(self.eps)
+        return unscaled(self.outcome.u, self.clouds.x_sq, self.eps)
 
     @property
     def g(self) -> Tensor:
-        return (self.outcome.v + scale(self.eps) / 2 * self.clouds.y_sq) / kappa(self.eps)
+        return unscaled(self.outcome.v, self.clouds.y_sq, self.eps)
 
     def dual(self) -> Tensor:
-        """<a, f> + <b, g> − eps·Σ(P − a⊗b), a float64 scalar."""
+        """<a, φ_a(f)> + <b, φ_b(g)> − eps·Σ(P − a⊗b), a float64 scalar; φ(f) = f, or ρ·(1 − exp(−f/ρ)) for a relaxed marginal."""
         a, b = self.clouds.a.double(), self.clouds.b.double()
-        return a @ self.f.double() + b @ self.g.double() + self.eps * (a.sum() * b.sum() - self.outcome.r.double().sum())
+        linear = a @ _conjugate(self.f, self.steps.rho_a) + b @ _conjugate(self.g, self.steps.rho_b)
+        return linear + self.eps * (a.sum() * b.sum() - self.outcome.r.double().sum())
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
-        """(n,): f + eps·(Σb − 1), the derivative of the dual in a; (m,): g + eps·(Σa − 1), that in b, when transposed."""
-        return (self.g if transposed else self.f) + self.eps * (self.clouds.mass - 1.0)
+        """(n,): φ_a(f) + eps·(Σb − ρ_i), the derivative of the dual in a, with the row sums ρ_i of the solution: 1, or exp(−f/ρ)
+        when relaxed. (m,): that in b, when transposed."""
+        steps, potential = (self.steps.swapped, self.g) if transposed else (self.steps, self.f)
+        sums = 1.0 if math.isinf(steps.rho_a) else torch.exp(-potential / steps.rho_a)
+        return _conjugate(potential, steps.rho_a).to(potential.dtype) + self.eps * (float(steps.clouds.b.sum()) - sums)
 
     def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
         """P·values, or Pᵀ·values."""
         cloud, u, v = self._sides(transposed)
-        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, scale=scale(self.eps), modes=self.modes)
+        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, scale=scale(self.eps), modes=self.steps.modes)
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame.
@@ -79,7 +74,7 @@ class Solution:
         of points without weight too.
         """
         cloud, u, v = self._sides(transposed)
-        options: dict[str, Any] = {"scale": scale(self.eps), "modes": self.modes}
+        options: dict[str, Any] = {"scale": scale(self.eps), "modes": self.steps.modes}
         u, _ = ops.sinkhorn_half_step(cloud.x, cloud.y, u, v, cloud.b, cloud.x_sq, **options)
         values = torch.cat((cloud.y, torch.ones_like(cloud.y[:, :1])), 1)
         sums = ops.apply_plan(cloud.x, cloud.y, u, v, torch.ones_like(cloud.a), cloud.b, values, **options)
@@ -89,7 +84,7 @@ class Solution:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
         cloud, u, v = self._sides(transposed)
         marginal = self.outcome.c if transposed else self.outcome.r
-        return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, scale=scale(self.eps), modes=self.modes)
+        return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, scale=scale(self.eps), modes=self.steps.modes)
 
     def linear_cost(self) -> Tensor:
         """<P, C>, a float64 scalar; one sweep."""
@@ -110,18 +105,65 @@ class Solution:
         return self.clouds, self.outcome.u, self.outcome.v
 
 
+def _conjugate(potential: Tensor, rho: float) -> Tensor:
+    """φ(f) in float64: f, or ρ·(1 − exp(−f/ρ)) for a marginal relaxed with strength ρ."""
+    potential = potential.double()
+    return potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """A solution, less half of each side's own when debiased: OT(α, β) − OT(α, α)/2 − OT(β, β)/2 + eps/2·(Σa − Σb)².
+
+    The last term makes it zero for equal measures only and never negative, when masses differ (Séjourné et al. 2019).
+    """
+
+    cross: Solution
+    own_a: Solution | None = None
+    own_b: Solution | None = None
+
+    @property
+    def solutions(self) -> tuple[Solution, ...]:
+        return tuple(solution for solution in (self.cross, self.own_a, self.own_b) if solution is not None)
+
+    def dual(self) -> Tensor:
+        """A float64 scalar."""
+        total = self.cross.dual()
+        if self.own_a is not None and self.own_b is not None:
+            total = total - 0.5 * (self.own_a.dual() + self.own_b.dual()) + 0.5 * self.cross.eps * self._surplus**2
+        return total
+
+    def gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n, d), its derivative in x; (m, d) in y when transposed. Both sides of a self-problem move: half of it counts twice."""
+        own = self.own_b if transposed else self.own_a
+        cross = self.cross.gradient(transposed=transposed)
+        return cross if own is None else cross - own.gradient()
+
+    def weight_gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n,), its derivative in a; (m,) in b when transposed."""
+        own = self.own_b if transposed else self.own_a
+        cross = self.cross.weight_gradient(transposed=transposed)
+        if own is None:
+            return cross
+        return cross - own.weight_gradient() + self.cross.eps * (-self._surplus if transposed else self._surplus)
+
+    @property
+    def _surplus(self) -> float:
+        return float(self.cross.clouds.a.double().sum() - self.cross.clouds.b.double().sum())
+
+
 class DualValue(torch.autograd.Function):
     """The dual objective with the gradient of the transport cost: by the envelope theorem the potentials count as constants."""
 
     @staticmethod
-    def forward(ctx: Any, solution: Solution, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, solution: Divergence, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
         ctx.solution = solution
         ctx.save_for_backward(x, y, a, b)
         return solution.dual().to(working_dtype(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        solution: Solution = ctx.solution
+        solution: Divergence = ctx.solution
         derivatives: tuple[Callable[[], Tensor], ...] = (
             solution.gradient,
             lambda: solution.gradient(transposed=True),
@@ -147,7 +189,7 @@ class Once(torch.autograd.Function):
         raise UsageError("expected one derivative of OTResult.value at most; got a second; type .detach() on the gradient")
 
 
-def value(solution: Solution, given: Given) -> Tensor:
+def value(solution: Divergence, given: Given) -> Tensor:
     """The dual objective as a scalar of the working dtype, differentiable in the caller's points and weights."""
     result: Tensor = DualValue.apply(solution, given.x, given.y, given.a, given.b)  # type: ignore[no-untyped-call]
     return result

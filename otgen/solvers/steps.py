@@ -1,0 +1,129 @@
+"""The sweeps of one transport problem, and what their sums say of the pair of potentials they were taken at.
+
+Scaled potentials u, v and their sums are those of `otgen.families.sinkhorn`. A marginal is *relaxed* with strength ρ when it may
+miss its weights at the price ρ·KL(P·1 | a): then its update is damped by ρ/(ρ + eps), and at the solution it is a·exp(−f/ρ) instead
+of a (Chizat, Peyré, Schmitzer and Vialard 2018; Séjourné, Feydy, Vialard, Trouvé and Peyré 2019). ρ = ∞ is the balanced case.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otgen import ops
+from otgen.precision import LOG2_E
+from otgen.solvers.inputs import Clouds
+
+
+def kappa(eps: float) -> float:
+    """Scaled potentials, in base 2, per unit of cost."""
+    return LOG2_E / eps
+
+
+def scale(eps: float) -> float:
+    """The factor of <x, y> in a score, for C = |x − y|²."""
+    return 2.0 * kappa(eps)
+
+
+def scaled(potential: Tensor, squares: Tensor, eps: float) -> Tensor:
+    """u = kappa·f − (scale/2)·|x|²."""
+    return kappa(eps) * potential - scale(eps) / 2 * squares
+
+
+def unscaled(potential: Tensor, squares: Tensor, eps: float) -> Tensor:
+    """f = (u + (scale/2)·|x|²)/kappa."""
+    return (potential + scale(eps) / 2 * squares) / kappa(eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The updates of one problem.
+
+    rho_a, rho_b  strengths of the relaxed marginals, in units of the cost; infinite when balanced
+    modes         the admissible precisions of a sweep
+    """
+
+    clouds: Clouds
+    eps: float
+    modes: tuple[str, ...]
+    rho_a: float = math.inf
+    rho_b: float = math.inf
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.rho_a) and math.isinf(self.rho_b)
+
+    @property
+    def swapped(self) -> Steps:
+        return replace(self, clouds=self.clouds.swapped, rho_a=self.rho_b, rho_b=self.rho_a)
+
+    def at(self, eps: float) -> Steps:
+        """The same problem under another regularisation."""
+        return replace(self, eps=eps)
+
+    def scaled(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, v) of potentials in units of the cost."""
+        return scaled(f, self.clouds.x_sq, self.eps), scaled(g, self.clouds.y_sq, self.eps)
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps that `both` takes."""
+        choice = ops.kernel("sinkhorn", self.clouds.x, self.clouds.y, ops.SYMMETRIC, self.modes).choice
+        return 1 if choice is None or choice.variant["fusion"] == "one_sweep" else 2
+
+    def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The update of u from v, and the row sums of the pair that came in."""
+        c = self.clouds
+        return ops.sinkhorn_half_step(
+            c.x, c.y, u, v, c.b, c.x_sq, scale=scale(self.eps), damping=_damping(self.eps, self.rho_a), step=step, modes=self.modes
+        )
+
+    def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The update of v from u, and the column sums of the pair that came in."""
+        return self.swapped.rows(v, u, step)
+
+    def both(self, u: Tensor, v: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both updates from the old pair, and its row and column sums."""
+        c = self.clouds
+        damping: dict[str, Any] = {"damping_a": _damping(self.eps, self.rho_a), "damping_b": _damping(self.eps, self.rho_b)}
+        return ops.sinkhorn_symmetric_step(
+            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, scale=scale(self.eps), step=step, modes=self.modes, **damping
+        )
+
+    def row_target(self, u: Tensor) -> Tensor:
+        """(n,): what the row marginal is at a solution with the potential u: a, or a·exp(−f/ρ) when relaxed."""
+        a = self.clouds.a
+        if math.isinf(self.rho_a):
+            return a
+        return torch.where(a > 0, a * torch.exp(-unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a), 0.0)
+
+    def row_miss(self, u: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        """The row marginal r = a·rho, with exact zeros where there is no weight, and Σ|r − target| as a share of the mass."""
+        r = torch.where(self.clouds.a > 0, self.clouds.a * rho, 0.0)
+        return r, (r - self.row_target(u)).abs().sum() / self.clouds.mass
+
+    def translated(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The best pair of the form (f + t, g − t); nothing to do when balanced.
+
+        t = ρ_a ρ_b/(ρ_a + ρ_b)·log(<a, exp(−f/ρ_a)> / <b, exp(−g/ρ_b)>) maximises the dual (Séjourné, Vialard and Peyré 2022).
+        """
+        if self.balanced:
+            return u, v
+        one, other = self._log_target_mass(u), self.swapped._log_target_mass(v)
+        weight = 1.0 / (1.0 / self.rho_a + 1.0 / self.rho_b)
+        t = kappa(self.eps) * weight * (one - other)
+        return u + t, v - t
+
+    def _log_target_mass(self, u: Tensor) -> Tensor:
+        """log <a, exp(−f/ρ_a)>."""
+        exponents = -unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a
+        return torch.logsumexp(exponents + self.clouds.a.log(), 0)
+
+
+def _damping(eps: float, rho: float) -> float:
+    """ρ/(ρ + eps)."""
+    return 1.0 / (1.0 + eps / rho)
