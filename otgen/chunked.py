@@ -48,7 +48,7 @@ def half_step(
     for rows, columns, tile in _scores(left, right):
         rho[rows].addmv_(tile.exp2_(), b[columns])
     log_rho = _log_sums(rho, left, right, b)
-    _update(u, log_rho, x_sq, scale, damping, step, u_out)
+    update(u, log_rho, x_sq, scale, damping, step, u_out)
 
 
 def symmetric_step(
@@ -79,8 +79,8 @@ def symmetric_step(
         gamma[columns].addmv_(tile.T, a[rows])
     log_rho = _log_sums(rho, left, _right(y, _weighted(v, b)), b)
     log_gamma = _log_sums(gamma, right, _left(x, _weighted(u, a), scale), a)
-    _update(u, log_rho, x_sq, scale, damping_a, step, u_out)
-    _update(v, log_gamma, y_sq, scale, damping_b, step, v_out)
+    update(u, log_rho, x_sq, scale, damping_a, step, u_out)
+    update(v, log_gamma, y_sq, scale, damping_b, step, v_out)
 
 
 def apply_vector(
@@ -169,6 +169,11 @@ def assemble(
     out.copy_(2.0 * cost * (marginal[:, None] * direction + inverse_eps * curvature))
 
 
+def exponentials(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: float, *, out: Tensor) -> None:
+    """2^S, (n, m), all at once."""
+    torch.mm(_left(x, u, scale), _right(y, v).T, out=out).exp2_()
+
+
 def _left(x: Tensor, u: Tensor, scale: float) -> Tensor:
     """[scale·x, u, 1], (n, d + 2)."""
     n, d = x.shape
@@ -243,7 +248,7 @@ def _log_sums(sums: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> Ten
     return logs
 
 
-def _update(u: Tensor, log_rho: Tensor, x_sq: Tensor, scale: float, damping: float, step: float, out: Tensor) -> None:
+def update(u: Tensor, log_rho: Tensor, x_sq: Tensor, scale: float, damping: float, step: float, out: Tensor) -> None:
     """The damped and averaged update of `otgen.families.sinkhorn`."""
     torch.sub(u, log_rho, out=out)
     if damping != 1.0:

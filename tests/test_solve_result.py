@@ -13,6 +13,7 @@ from otgen import chunked, dispatch, ops
 from otgen.errors import InputError
 from otgen.problem import Variant
 from otgen.solvers import result as result_module
+from otgen.solvers import sample
 from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.sinkhorn import PATIENCE
 
@@ -54,6 +55,7 @@ def test_passes_count_sweeps(monkeypatch):
         flags = ops.ALTERNATING if name == "half_step" else ops.SYMMETRIC
         launch = getattr(chunked, name)
         monkeypatch.setitem(ops.STREAMED, flags, ops.Streamed(lambda launch=launch, **kw: (calls.append(1), launch(**kw))[1]))
+    monkeypatch.setattr(sample, "keepable", lambda steps: False)
     for method in METHODS:
         calls.clear()
         result = otgen.solve_sample(x, y, a, b, reg=0.05, method=method)

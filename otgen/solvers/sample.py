@@ -18,6 +18,7 @@ from otgen.precision import MODES
 from otgen.solvers import sinkhorn
 from otgen.solvers.annealing import anneal, stages
 from otgen.solvers.inputs import Given, centre, read
+from otgen.solvers.kept import KeptSteps, keepable
 from otgen.solvers.options import count_of, precision_modes, regularisation, relaxation, tolerance
 from otgen.solvers.result import ConvergenceWarning, OTResult
 from otgen.solvers.sinkhorn import Watch
@@ -133,7 +134,8 @@ def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limit
         if method == "symmetric":
             outcome = sinkhorn.symmetric(steps, u, v, watch)
         else:
-            outcome = sinkhorn.alternating(steps, u, v, watch, accelerated=method == "anderson")
+            sweeps = KeptSteps.of(steps) if keepable(steps) else steps
+            outcome = sinkhorn.alternating(sweeps, u, v, watch, accelerated=method == "anderson")
         done, passes = done + outcome.n_iters, passes + outcome.passes
         outcome = replace(outcome, n_iters=done, passes=passes)
         modes = _finer(steps.modes, choice.precision) if finer and choice is not None else ()

@@ -79,7 +79,7 @@ class Steps:
         """The update of u from v, and the row sums of the pair that came in."""
         c = self.clouds
         return ops.sinkhorn_half_step(
-            c.x, c.y, u, v, c.b, c.x_sq, scale=scale(self.eps), damping=_damping(self.eps, self.rho_a), step=step, modes=self.modes
+            c.x, c.y, u, v, c.b, c.x_sq, scale=scale(self.eps), damping=damping(self.eps, self.rho_a), step=step, modes=self.modes
         )
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -89,9 +89,9 @@ class Steps:
     def both(self, u: Tensor, v: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both updates from the old pair, and its row and column sums."""
         c = self.clouds
-        damping: dict[str, Any] = {"damping_a": _damping(self.eps, self.rho_a), "damping_b": _damping(self.eps, self.rho_b)}
+        both: dict[str, Any] = {"damping_a": damping(self.eps, self.rho_a), "damping_b": damping(self.eps, self.rho_b)}
         return ops.sinkhorn_symmetric_step(
-            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, scale=scale(self.eps), step=step, modes=self.modes, **damping
+            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, scale=scale(self.eps), step=step, modes=self.modes, **both
         )
 
     def row_target(self, u: Tensor) -> Tensor:
@@ -124,6 +124,6 @@ class Steps:
         return torch.logsumexp(exponents + self.clouds.a.log(), 0)
 
 
-def _damping(eps: float, rho: float) -> float:
+def damping(eps: float, rho: float) -> float:
     """ρ/(ρ + eps)."""
     return 1.0 / (1.0 + eps / rho)

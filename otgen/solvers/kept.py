@@ -1,0 +1,88 @@
+"""Sweeps over a small problem on a CPU: the exponentials are computed once and kept, every sweep is a matrix-vector product.
+
+For a pair (u, v) near the pair (u', v') that the matrix K = 2^S(u', v') was taken at, ρ = 2^(u − u')·K(b·2^(v − v')): the
+stabilised scaling of Schmitzer (2019, section 3.1). A pair too far away, or sums out of range, and K is taken anew. The matrix has
+a constant bound, KEPT_BYTES, and goes when the loop ends: memory stays O((n + m) d).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from otgen import chunked, ops
+from otgen.solvers.steps import Steps, damping, scale
+
+KEPT_BYTES = 1 << 27
+"""Largest matrix that is kept."""
+
+REACH = 24.0
+"""How far, in powers of two, a potential may move from where the matrix was taken: what underflowed there stays negligible."""
+
+
+def keepable(steps: Steps) -> bool:
+    """Whether the problem runs on the CPU, is small, and has no point without weight (whose exponentials nothing bounds)."""
+    c = steps.clouds
+    small = c.x.shape[0] * c.y.shape[0] * c.x.element_size() <= KEPT_BYTES
+    return small and ops.streamed(c.x) and c.x.device.type == "cpu" and bool((c.a > 0).all() and (c.b > 0).all())
+
+
+class _Matrix:
+    """2^S of a problem, at a pair that is near all it was asked about."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._values = steps.clouds.x.new_empty(len(steps.clouds.x), len(steps.clouds.y))
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def sums(self, u: Tensor, v: Tensor, *, transposed: bool) -> Tensor:
+        """Row sums at (u, v), or column sums; the matrix is taken there first when it is too far away."""
+        clouds = self._steps.clouds
+        if self._pair is None or max(float((new - old).abs().max()) for new, old in zip((u, v), self._pair)) > REACH:
+            chunked.exponentials(clouds.x, clouds.y, u, v, scale(self._steps.eps), out=self._values)
+            self._pair = u.clone(), v.clone()
+        up, across = torch.exp2(u - self._pair[0]), torch.exp2(v - self._pair[1])
+        if transposed:
+            return across * (self._values.T @ (clouds.a * up))
+        return up * (self._values @ (clouds.b * across))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptSteps(Steps):
+    """Steps whose half-steps read a kept matrix. The first one does not: what it starts from may be far from any solution."""
+
+    _matrix: list[_Matrix] = field(default_factory=list, init=False)
+
+    @classmethod
+    def of(cls, steps: Steps) -> KeptSteps:
+        return cls(**{own.name: getattr(steps, own.name) for own in fields(Steps)})
+
+    def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
+        rho = self._sums(u, v, transposed=False)
+        if rho is None:
+            return super().rows(u, v, step)
+        out = torch.empty_like(u)
+        chunked.update(u, rho.log2(), self.clouds.x_sq, scale(self.eps), damping(self.eps, self.rho_a), step, out)
+        return out, rho
+
+    def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
+        gamma = self._sums(u, v, transposed=True)
+        if gamma is None:
+            return super().columns(u, v, step)
+        out = torch.empty_like(v)
+        chunked.update(v, gamma.log2(), self.clouds.y_sq, scale(self.eps), damping(self.eps, self.rho_b), step, out)
+        return out, gamma
+
+    def _sums(self, u: Tensor, v: Tensor, *, transposed: bool) -> Tensor | None:
+        """Row sums of the pair, or column sums; None at the first call, and when they leave the range that can be trusted."""
+        if not self._matrix:
+            self._matrix.append(_Matrix(self))
+            return None
+        sums = self._matrix[0].sums(u, v, transposed=transposed)
+        smallest, largest = torch.aminmax(sums)
+        if float(smallest) > chunked.LOWEST and float(largest) < chunked.HIGHEST:
+            return sums
+        self._matrix[0] = _Matrix(self)
+        return None
