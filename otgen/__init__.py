@@ -15,15 +15,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from otgen.dispatch import pin
+    from otgen.losses import SamplesLoss
     from otgen.solvers.result import OTResult
     from otgen.solvers.sample import solve_sample
+    from otgen.solvers.semidual import c_transform
 
-__all__ = ["OTResult", "__version__", "pin", "solve_sample"]
+__all__ = ["OTResult", "SamplesLoss", "__version__", "c_transform", "pin", "solve_sample"]
 
-_HOME = {"solve_sample": "otgen.solvers.sample", "OTResult": "otgen.solvers.result", "pin": "otgen.dispatch"}
+_HOME = {
+    "solve_sample": "otgen.solvers.sample",
+    "OTResult": "otgen.solvers.result",
+    "SamplesLoss": "otgen.losses",
+    "pin": "otgen.dispatch",
+    "c_transform": "otgen.solvers.semidual",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cfm":
+        return import_module("otgen.cfm")
     if name not in _HOME:
         raise AttributeError(f"module 'otgen' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_HOME[name]), name)

@@ -43,9 +43,9 @@ def half_step(
     step: float = 1.0,
 ) -> None:
     """The alternating update of `u` (n,) and the row sums `rho` (n,) at the pair that came in."""
-    left, right = _left(x, u, scale), _right(y, _weighted(v, b))
+    left, right = left_factor(x, u, scale), right_factor(y, masked(v, b))
     rho.zero_()
-    for rows, columns, tile in _scores(left, right):
+    for rows, columns, tile in score_tiles(left, right):
         rho[rows].addmv_(tile.exp2_(), b[columns])
     log_rho = _log_sums(rho, left, right, b)
     update(u, log_rho, x_sq, scale, damping, step, u_out)
@@ -71,14 +71,14 @@ def symmetric_step(
     step: float = 0.5,
 ) -> None:
     """Both potentials from the old pair, with row sums `rho` (n,) and column sums `gamma` (m,) of the same exponentials."""
-    left, right = _left(x, u, scale), _right(y, v)
+    left, right = left_factor(x, u, scale), right_factor(y, v)
     rho.zero_()
     gamma.zero_()
-    for rows, columns, tile in _scores(left, right):
+    for rows, columns, tile in score_tiles(left, right):
         rho[rows].addmv_(tile.exp2_(), b[columns])
         gamma[columns].addmv_(tile.T, a[rows])
-    log_rho = _log_sums(rho, left, _right(y, _weighted(v, b)), b)
-    log_gamma = _log_sums(gamma, right, _left(x, _weighted(u, a), scale), a)
+    log_rho = _log_sums(rho, left, right_factor(y, masked(v, b)), b)
+    log_gamma = _log_sums(gamma, right, left_factor(x, masked(u, a), scale), a)
     update(u, log_rho, x_sq, scale, damping_a, step, u_out)
     update(v, log_gamma, y_sq, scale, damping_b, step, v_out)
 
@@ -96,7 +96,7 @@ def apply_matrix(
     """P·values for any number of columns, (m, k) → (n, k)."""
     weighted = values * b[:, None]
     out.zero_()
-    for rows, columns, tile in _scores(_left(x, _weighted(u, a), scale), _right(y, _weighted(v, b))):
+    for rows, columns, tile in score_tiles(left_factor(x, masked(u, a), scale), right_factor(y, masked(v, b))):
         out[rows].addmm_(tile.exp2_(), weighted[columns])
     out.mul_(a[:, None])
 
@@ -158,8 +158,8 @@ def assemble(
 ) -> None:
     """The Hessian's product with `direction`, (n, d), from the solution (w_f, w_g) of the linearised marginal equations."""
     constant = w_f - 2.0 * cost * (x * direction).sum(1)
-    factors = _scores(_left(direction, constant, 2.0 * cost), _right(y, w_g))
-    plan = _scores(_left(x, _weighted(u, a), scale), _right(y, _weighted(v, b)))
+    factors = score_tiles(left_factor(direction, constant, 2.0 * cost), right_factor(y, w_g))
+    plan = score_tiles(left_factor(x, masked(u, a), scale), right_factor(y, masked(v, b)))
     weighted = torch.cat((y, torch.ones_like(b)[:, None]), 1) * b[:, None]
     sums = torch.zeros_like(x[:, :1]).repeat(1, x.shape[1] + 1)
     for (rows, columns, tile), (_, _, factor) in zip(plan, factors):
@@ -171,10 +171,10 @@ def assemble(
 
 def exponentials(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: float, *, out: Tensor) -> None:
     """2^S, (n, m), all at once."""
-    torch.mm(_left(x, u, scale), _right(y, v).T, out=out).exp2_()
+    torch.mm(left_factor(x, u, scale), right_factor(y, v).T, out=out).exp2_()
 
 
-def _left(x: Tensor, u: Tensor, scale: float) -> Tensor:
+def left_factor(x: Tensor, u: Tensor, scale: float) -> Tensor:
     """[scale·x, u, 1], (n, d + 2)."""
     n, d = x.shape
     left = x.new_empty((n, d + 2))
@@ -184,7 +184,7 @@ def _left(x: Tensor, u: Tensor, scale: float) -> Tensor:
     return left
 
 
-def _right(y: Tensor, v: Tensor) -> Tensor:
+def right_factor(y: Tensor, v: Tensor) -> Tensor:
     """[y, 1, v], (m, d + 2)."""
     m, d = y.shape
     right = y.new_empty((m, d + 2))
@@ -194,12 +194,12 @@ def _right(y: Tensor, v: Tensor) -> Tensor:
     return right
 
 
-def _weighted(potential: Tensor, weights: Tensor) -> Tensor:
+def masked(potential: Tensor, weights: Tensor) -> Tensor:
     """`potential`, and NEVER where the weight is zero."""
     return torch.where(weights != 0, potential, NEVER)
 
 
-def _scores(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def score_tiles(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles of left·rightᵀ with their rows and columns. A tile may be overwritten, and is, by the next one."""
     n, m = left.shape[0], right.shape[0]
     height, width = _tile(n, m, CPU_TILE * torch.get_num_threads() if left.device.type == "cpu" else GPU_TILE)
@@ -238,7 +238,7 @@ def _log_sums(sums: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> Ten
     left = left[lost]
     top = torch.full_like(lost, -torch.inf, dtype=sums.dtype)
     total = torch.zeros_like(top)
-    for rows, columns, tile in _scores(left, right):
+    for rows, columns, tile in score_tiles(left, right):
         higher = torch.maximum(top[rows], tile.amax(1))
         total[rows].mul_(torch.exp2(top[rows] - higher)).addmv_(tile.sub_(higher[:, None]).exp2_(), weights[columns])
         top[rows] = higher

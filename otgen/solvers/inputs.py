@@ -47,11 +47,11 @@ class Given:
 
         Raises InputError when its kind, dtype, device or shape is not what belongs to the points.
         """
-        tensor = _tensor(name, value, self.numpy)
+        tensor = as_tensor(name, value, self.numpy)
         if tensor.ndim != len(shape) or any(size == 0 or want not in (None, size) for size, want in zip(tensor.shape, shape)):
             wanted = ", ".join("k" if size is None else str(size) for size in shape)
             raise InputError(f"expected {name} of shape ({wanted}); got {_shape(tensor)}; type {name}.reshape({wanted})")
-        _alike(name, tensor, self.x, "X_a", working_dtype(self.x))
+        require_alike(name, tensor, self.x, "X_a", working_dtype(self.x))
         return tensor.detach().to(working_dtype(self.x)).contiguous()
 
 
@@ -94,7 +94,7 @@ def working_dtype(points: Tensor) -> torch.dtype:
 def read(X_a: Any, X_b: Any, a: Any, b: Any) -> Given:
     """The caller's points and weights as tensors. Raises InputError for a wrong kind, dtype, device or shape."""
     numpy = isinstance(X_a, np.ndarray)
-    x, y = _tensor("X_a", X_a, numpy), _tensor("X_b", X_b, numpy)
+    x, y = as_tensor("X_a", X_a, numpy), as_tensor("X_b", X_b, numpy)
     if x.is_meta:
         raise InputError("expected points with values in X_a; got a meta tensor; type device='cpu' where it is made")
     for name, points in (("X_a", x), ("X_b", y)):
@@ -106,7 +106,7 @@ def read(X_a: Any, X_b: Any, a: Any, b: Any) -> Given:
         if points.dtype not in DTYPES:
             cast = ".astype(numpy.float32)" if numpy else ".float()"
             raise InputError(f"expected floating-point points in {name}; got {_dtype(points)}; type {name}{cast}")
-    _alike("X_b", y, x, "X_a")
+    require_alike("X_b", y, x, "X_a")
     if y.shape[1] != x.shape[1]:
         raise InputError(
             f"expected clouds of one dimension; got X_a {_shape(x)} and X_b {_shape(y)}; pass clouds of the same space"
@@ -147,7 +147,7 @@ def centre(given: Given, *, balanced: bool = True) -> Clouds:
     return Clouds(x, y, a, b, x_sq, y_sq, shift, (a_mass + b_mass) / 2, math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
 
 
-def _tensor(name: str, value: Any, numpy: bool) -> Tensor:
+def as_tensor(name: str, value: Any, numpy: bool) -> Tensor:
     if isinstance(value, np.ndarray) and numpy:
         if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise InputError(f"expected numbers in {name}; got dtype {value.dtype}; type {name}.astype(numpy.float32)")
@@ -164,17 +164,17 @@ def _tensor(name: str, value: Any, numpy: bool) -> Tensor:
 def _weights(name: str, value: Any, points: Tensor, cloud: str, numpy: bool) -> Tensor | None:
     if value is None:
         return None
-    weights = _tensor(name, value, numpy)
+    weights = as_tensor(name, value, numpy)
     if weights.shape != points.shape[:1]:
         raise InputError(
             f"expected weights {name} of shape ({points.shape[0]},), one for each point of {cloud}; got {_shape(weights)}; "
             f"type {name}.reshape(-1) or mend the data"
         )
-    _alike(name, weights, points, cloud, working_dtype(points))
+    require_alike(name, weights, points, cloud, working_dtype(points))
     return weights
 
 
-def _alike(name: str, tensor: Tensor, points: Tensor, cloud: str, or_dtype: torch.dtype | None = None) -> None:
+def require_alike(name: str, tensor: Tensor, points: Tensor, cloud: str, or_dtype: torch.dtype | None = None) -> None:
     """Raise InputError unless `tensor` has the device and dtype of `points`, or the dtype named."""
     if tensor.device != points.device:
         raise InputError(

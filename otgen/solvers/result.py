@@ -9,7 +9,9 @@ import torch
 
 from otgen.errors import InputError
 from otgen.problem import Variant
+from otgen.solvers import plan as plans
 from otgen.solvers.inputs import Given
+from otgen.solvers.semidual import DualPotentials
 from otgen.solvers.sinkhorn import Stop
 from otgen.solvers.solution import Divergence
 
@@ -102,7 +104,7 @@ class OTResult:
     def potential_bb(self) -> Any:
         """(m,) potential of X_b's transport to itself; None unless debiased."""
         own = self._divergence.own_b
-        return None if own is None else self._given.answer(own.f)
+        return None if own is None else self._given.answer(own.g)
 
     @property
     def potentials(self) -> tuple[Any, Any]:
@@ -161,6 +163,33 @@ class OTResult:
                 "type result.apply(v, axis=1) for P·v, or result.a_to_b for the map"
             )
         return self._given.answer(self._solution.plan())
+
+    def sample(self, k: int, generator: torch.Generator | None = None, *, replace: bool = True) -> tuple[Any, Any]:
+        """(i, j), int64 (k,) each: k pairs of points drawn from P/ΣP, in O((n + m + k) d) memory; only the rows drawn are visited.
+
+        generator  of the points' device; the same state gives the same pairs, whatever the number of threads. None: torch's own
+        replace    False: distinct pairs, drawn one after the other, each from what is left of P, as numpy.random.choice does;
+                   a few sweeps over the rows drawn, and one over all pairs when P has few of weight
+        Points of zero weight are never drawn.
+        Raises InputError for a plan without finite marginals, and for more distinct pairs than have weight.
+        """
+        return plans.sample(self._solution, self._given, k, generator, replace)
+
+    def top_k(self, k: int) -> tuple[Any, Any]:
+        """(values, indices), (n, k) each: the k largest P_ij of each row in descending order, and their j (int64). One sweep.
+
+        Rows of zero weight have zeros for values, and the j of where they would go; equals come in any order.
+        Raises InputError when k is not between 1 and m.
+        """
+        return plans.top_k(self._solution, self._given, k)
+
+    def argmax(self) -> Any:
+        """(n,), int64: the j of the largest P_ij of each row, the first of equals; of zero weight, where it would be. One sweep."""
+        return plans.argmax(self._solution, self._given)
+
+    def to_dual_potentials(self) -> DualPotentials:
+        """`.f(x)`, `.g(y)` and `.transport(x)` at points outside the sample (`otgen.solvers.semidual`)."""
+        return DualPotentials(self._solution, self._given)
 
     def __repr__(self) -> str:
         (n, d), m = self._solution.clouds.x.shape, self._solution.clouds.y.shape[0]

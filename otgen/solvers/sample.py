@@ -95,8 +95,7 @@ def solve_sample(
     cross = _solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
     divergence = Divergence(cross)
     if debias:
-        own = [_own(Steps(side.clouds.own, eps, side.modes, side.rho_a, side.rho_a), limits) for side in (steps, steps.swapped)]
-        divergence = Divergence(cross, *own)
+        divergence = Divergence(cross, *(_own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
     result = OTResult(divergence, given, value(divergence, given), time.perf_counter() - started)
     if said := complaint(result, clouds, limits.tol, _least(cross)):
         warnings.warn(said, ConvergenceWarning, stacklevel=2)
@@ -151,7 +150,9 @@ def _finer(modes: tuple[str, ...], precision: str) -> tuple[str, ...]:
 
 
 def _own(steps: Steps, limits: _Limits) -> Solution:
-    """A measure's transport to itself."""
+    """A measure's transport to itself, which one potential solves unless its sides are relaxed differently."""
+    if steps.rho_a != steps.rho_b:
+        return _solved("anderson", steps, None, replace(limits, callback=lambda n, error: None), finer=False)
     choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.ALTERNATING, steps.modes).choice
     watch = replace(limits, callback=lambda n, error: None).watch(steps, "ieee" if choice is None else choice.precision)
     u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from otgen.solvers.anderson import Anderson
@@ -88,11 +89,12 @@ class Watch:
 def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated: bool = False) -> Outcome:
     """Gauss–Seidel, f ← T_f(g) then g ← T_g(f), from (u, v). Its columns fit exactly, so the error is that of the rows.
 
-    accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`)
+    accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`). Should a mixture leave the range of the dtype, the
+                 loop goes on from the last error it saw, without mixing
     """
     mixer = Anderson(steps.clouds.a, gauge=steps.balanced) if accelerated else None
     u, _ = steps.rows(u, v)
-    n = 0
+    safe, n = u, 0
     while True:
         n += 1
         v, _ = steps.columns(u, v)
@@ -100,10 +102,14 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
         if watch.due(n):
             r, error = steps.row_miss(u, rho)
             met = float(error)
+            if math.isnan(met) and mixer is not None and n < watch.max_iter:
+                mixer, u = None, safe
+                continue
+            safe = image
             if stop := watch.stop(met, n):
                 return Outcome(u, v, r, steps.swapped.row_target(v), met, n, 1 + 2 * n, stop)
         image, _ = steps.translated(image, v)
-        residual = -rho.log2() if steps.balanced else image - u
+        residual = torch.where(rho.isinf() | (rho == 0), image - u, -rho.log2()) if steps.balanced else image - u
         u = image if mixer is None else mixer.next(image, residual)
 
 

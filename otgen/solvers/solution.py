@@ -40,6 +40,11 @@ class Solution:
         return self.steps.eps
 
     @property
+    def symmetric(self) -> bool:
+        """Whether one potential solves it: f = g."""
+        return self.outcome.u is self.outcome.v
+
+    @property
     def f(self) -> Tensor:
         """(n,) potential in units of the cost."""
         return unscaled(self.outcome.u, self.clouds.x_sq, self.eps)
@@ -115,7 +120,8 @@ def _conjugate(potential: Tensor, rho: float) -> Tensor:
 class Divergence:
     """A solution, less half of each side's own when debiased: OT(α, β) − OT(α, α)/2 − OT(β, β)/2 + eps/2·(Σa − Σb)².
 
-    The last term makes it zero for equal measures only and never negative, when masses differ (Séjourné et al. 2019).
+    The last term makes it zero for equal measures only and never negative when masses differ (Séjourné et al. 2019). All three take
+    the same pair of strengths: when these differ, it is still zero for equal measures, but nobody has shown it to be positive.
     """
 
     cross: Solution
@@ -134,10 +140,12 @@ class Divergence:
         return total
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
-        """(n, d), its derivative in x; (m, d) in y when transposed. Both sides of a self-problem move: half of it counts twice."""
+        """(n, d), its derivative in x; (m, d) in y when transposed. Both sides of a self-problem move with it."""
         own = self.own_b if transposed else self.own_a
         cross = self.cross.gradient(transposed=transposed)
-        return cross if own is None else cross - own.gradient()
+        if own is None:
+            return cross
+        return cross - (own.gradient() if own.symmetric else 0.5 * (own.gradient() + own.gradient(transposed=True)))
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n,), its derivative in a; (m,) in b when transposed."""
@@ -145,7 +153,8 @@ class Divergence:
         cross = self.cross.weight_gradient(transposed=transposed)
         if own is None:
             return cross
-        return cross - own.weight_gradient() + self.cross.eps * (-self._surplus if transposed else self._surplus)
+        both = own.weight_gradient() if own.symmetric else 0.5 * (own.weight_gradient() + own.weight_gradient(transposed=True))
+        return cross - both + self.cross.eps * (-self._surplus if transposed else self._surplus)
 
     @property
     def _surplus(self) -> float:

@@ -1,0 +1,131 @@
+"""What SamplesLoss is called with, taken apart into problems, and what it keeps of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from otgen.errors import InputError, UsageError
+from otgen.solvers.inputs import Given, read, working_dtype
+from otgen.solvers.options import count_of
+from otgen.solvers.result import OTResult
+from otgen.solvers.schedule import Extrapolated, diameter
+from otgen.solvers.solution import Divergence, DualValue
+
+T = TypeVar("T")
+
+Problem = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""x (n, d), y (m, d), a (n,) and b (m,), or None for uniform weights; with the caller's graph."""
+
+WORDS = {"X_a": "x", "X_b": "y", "unbalanced=1.0": "reach=1.0", "reg by its square": "blur by it"}
+"""Names of solve_sample that its errors mention, as SamplesLoss calls them."""
+
+
+@dataclass(eq=False)
+class Solved:
+    """One problem of a call, without a graph.
+
+    unit   the cost in units of |x − y|²
+    found  what `DualValue` takes
+    """
+
+    unit: float
+    given: Given
+    seconds: float
+    found: Extrapolated | Divergence
+    solution: OTResult | None = None
+
+    @cached_property
+    def result(self) -> OTResult:
+        if isinstance(self.found, Divergence):
+            return cast(OTResult, self.solution)
+        return OTResult(self.found.divergence, self.given, self.found.dual(), self.seconds)
+
+    @property
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """(F, G), as SamplesLoss returns them."""
+        if isinstance(self.found, Extrapolated):
+            f, g = self.found.potentials()
+        else:
+            parts = self.found
+            f = parts.cross.f if parts.own_a is None else parts.cross.f - parts.own_a.f
+            g = parts.cross.g if parts.own_b is None else parts.cross.g - parts.own_b.g
+        return self.unit * f, self.unit * g
+
+    def value(self, problem: Problem) -> Tensor:
+        """Differentiable in the caller's tensors."""
+        value: Tensor = DualValue.apply(self.found, *problem)  # type: ignore[no-untyped-call]
+        return self.unit * value
+
+    def start(self, given: Given) -> tuple[Tensor, Tensor] | None:
+        """Its potentials, for a solve of `given`; None where they do not fit it."""
+        mine, other = (self.given.x, self.given.y), (given.x, given.y)
+        same = all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(mine, other))
+        return self.result.potentials if same and self.result.stop != "nan" else None
+
+
+def problems_of(args: tuple[Tensor | None, ...]) -> tuple[list[Problem], bool]:
+    """The problems of a call, and whether they came as a batch. Raises InputError for shapes that make none."""
+    if len(args) == 6 and args[0] is None and args[3] is None:
+        args = (*args[1:3], *args[4:])
+    if len(args) not in (2, 4):
+        raise UsageError(f"expected loss(x, y) or loss(a, x, b, y); got {len(args)} arguments; cluster labels are not needed here")
+    x, y, a, b = (*args, None, None) if len(args) == 2 else (args[1], args[3], args[0], args[2])
+    for name, tensor in (("x", x), ("y", y), ("a", a), ("b", b)):
+        if not isinstance(tensor, Tensor) and (name in "xy" or tensor is not None):
+            raise InputError(f"expected a torch tensor for {name}; got {type(tensor).__name__}; type torch.as_tensor({name})")
+    x, y = cast(Tensor, x), cast(Tensor, y)
+    for name, points in (("x", x), ("y", y)):
+        if points.ndim not in (2, 3) or points.ndim != x.ndim:
+            raise InputError(
+                f"expected points x and y of shape (n, d), or (batch, n, d) both; got {name} {tuple(points.shape)}; "
+                f"type {name}[:, None] for points on a line, and loss(a, x, b, y) when there are weights"
+            )
+    a, b = (w.squeeze(-1) if w is not None and w.ndim == x.ndim and w.shape[-1] == 1 else w for w in (a, b))
+    if x.ndim == 2:
+        return [(x, y, a, b)], False
+    for name, tensor, shape in (("y", y, (len(x), *y.shape[1:])), ("a", a, x.shape[:2]), ("b", b, (len(x), y.shape[1]))):
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(
+                f"expected {name} of shape {tuple(shape)} in a batch of {len(x)}; got {tuple(tensor.shape)}; "
+                "pass one cloud, and one row of weights, for each problem"
+            )
+    if len(x) == 0:
+        raise InputError("expected at least one problem in the batch; got none; pass x[None] and y[None] for one")
+    weights = [[None] * len(x) if w is None else list(w) for w in (a, b)]
+    return list(zip(x, y, *weights)), True
+
+
+def given_of(problem: Problem) -> Given:
+    return read(*(None if tensor is None else tensor.detach() for tensor in problem))
+
+
+def renamed(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What the function returns; its InputErrors speak of x, y and reach, as this module's caller does."""
+    try:
+        return function(*arguments, **options)
+    except InputError as error:
+        message = str(error)
+        for ours, theirs in WORDS.items():
+            message = message.replace(ours, theirs)
+        raise InputError(message) from None
+
+
+def common_diameter(problems: list[Problem]) -> float:
+    """Of all clouds of a batch, in the precision that they are computed in."""
+    dtype = working_dtype(problems[0][0])
+    x, y = torch.cat([problem[0].detach() for problem in problems]), torch.cat([problem[1].detach() for problem in problems])
+    return diameter(x.to(dtype), y.to(dtype))
+
+
+def count(name: str, value: Any) -> int:
+    """Raises InputError for what is no integer of at least 1."""
+    try:
+        return count_of(value)
+    except InputError as error:
+        raise InputError(str(error).replace("max_iter", name)) from None
