@@ -25,14 +25,20 @@ class Anderson:
 
     weights  (n,) of the norm of a residual: those of the measure
     gauge    whether residuals count only up to a constant: adding one to the potential changes nothing
+    longest  how far a mixture may lie from the last image, in any entry. Residuals that are equal up to rounding, as while mass
+             crosses a gap at so many units of potential an iteration, would extrapolate without end
     """
 
-    def __init__(self, weights: Tensor, *, gauge: bool, depth: int = DEPTH) -> None:
+    def __init__(self, weights: Tensor, *, gauge: bool, longest: float, depth: int = DEPTH) -> None:
         self._weights = weights / weights.sum()
-        self._gauge, self._depth = gauge, depth
+        self._gauge, self._longest, self._depth = gauge, longest, depth
         self._images: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._size: Tensor | None = None
+
+    def forget(self) -> None:
+        """Starts afresh from the next image."""
+        self._images, self._residuals, self._size = [], [], None
 
     def next(self, image: Tensor, residual: Tensor) -> Tensor:
         """The iterate to go on from, for the image G(u) and its residual G(u) − u, both (n,)."""
@@ -52,4 +58,6 @@ class Anderson:
         right = differences @ (residual.double() * self._weights.double().sqrt())
         theta = torch.linalg.solve(gram + ridge * torch.eye(len(right), dtype=gram.dtype, device=gram.device), right)
         theta = torch.where(torch.as_tensor(grown, device=gram.device), 0.0, theta).to(image.dtype)
-        return image - theta @ (image - torch.stack(self._images[:-1]))
+        step = theta @ (image - torch.stack(self._images[:-1]))
+        length = (step - self._weights @ step if self._gauge else step).abs().max()
+        return image - step * (self._longest / length.clamp(min=self._longest))

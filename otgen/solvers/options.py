@@ -22,7 +22,7 @@ def regularisation(reg: Any, blur: Any) -> float:
     if (reg is None) == (blur is None):
         came = "neither" if reg is None else "both"
         raise InputError(f"expected one of reg and blur; got {came}; type for example reg=0.1, which is blur=0.05**0.5")
-    return positive("reg", reg) if blur is None else 2.0 * positive("blur", blur) ** 2
+    return positive("reg", reg) if blur is None else _doubled_square("blur", blur)
 
 
 def relaxation(unbalanced: Any, kind: Any, reach: Any) -> tuple[float, float]:
@@ -39,8 +39,15 @@ def relaxation(unbalanced: Any, kind: Any, reach: Any) -> tuple[float, float]:
     sides = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
     if len(sides) != 2:
         raise InputError(f"expected one number or a pair for {name}; got {len(sides)} of them; type {name}=(1.0, None)")
-    one, other = (math.inf if side is None or side == math.inf else positive(name, side) for side in sides)
-    return (one, other) if reach is None else (2.0 * one**2, 2.0 * other**2)
+    strength = positive if reach is None else _doubled_square
+    one, other = (math.inf if side is None or side == math.inf else strength(name, side) for side in sides)
+    return one, other
+
+
+def _doubled_square(name: str, number: Any) -> float:
+    """2·number², for a length whose square is what is meant. Raises InputError when that is no positive number."""
+    length = positive(name, number)
+    return 2.0 * positive(f"{name}²", length * length)
 
 
 def _boolean(number: Any) -> bool:

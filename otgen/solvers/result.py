@@ -37,8 +37,8 @@ class OTResult:
                     differentiable. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a), likewise for b, comes in.
                     Debiased, OT(a,b) − OT(a,a)/2 − OT(b,b)/2 + reg/2·(Σa − Σb)²; all else is that of the plan between a and b,
                     but for marginal_error and stop, which are the worst of the three problems', and passes, which add up
-    marginal_error  (Σ|r − a| + Σ|c − b|) as a share of the mass, for the plan's marginals r = P·1, c = Pᵀ·1 (c = b but after a
-                    symmetric solve): how much of it is in the wrong place. Unbalanced, a·exp(−f/ρ) stands for a
+    marginal_error  (Σ|r − a| + Σ|c − b|) as a share of the mass, for the plan's marginals r = P·1, c = Pᵀ·1 (but after a symmetric
+                    solve c = b, or r = a): how much of it is in the wrong place. Unbalanced, a·exp(−f/ρ) stands for a
     n_iters         updates of the pair of potentials;  passes  sweeps over the n × m pairs that they took
     stop            "tol"; "max_iter"; "precision floor", rounding kept the error from falling any further; or "nan", the sums did
                     not fit the range of the dtype

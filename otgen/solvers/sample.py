@@ -68,7 +68,7 @@ def solve_sample(
                      from (T_f(0), T_g(0)) and ending with a full step;  "anderson": alternating, its iterates mixed, after stages
                      of larger reg where the problem is hard (`otgen.solvers.annealing`);  "auto": anderson
     max_iter, tol    stop after so many updates of the pair, or at a marginal error of at most tol: (Σ|P·1 − a| + Σ|Pᵀ·1 − b|), as
-                     a share of the mass (the second sum is zero but in the symmetric method). For a relaxed marginal a·exp(−f/ρ)
+                     a share of the mass (one of the sums is zero but in the symmetric method). For a relaxed marginal a·exp(−f/ρ)
                      stands for a, which it is at the solution. A CPU looks at the error after every update, a GPU after every
                      eighth, each look being a wait for the device. A tolerance that was missed, or that float32 cannot hold, and
                      a reg for which it loses the value, are a ConvergenceWarning.
@@ -119,7 +119,12 @@ def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limit
     """The problem's solution from the potentials `pair`, or from none.
 
     finer  whether a loop that stalls on the rounding of its precision goes on in the next finer one
+
+    Iterates of the smaller side are the ones to mix: there are fewer of them to be told apart.
     """
+    if method == "anderson" and len(steps.clouds.y) < len(steps.clouds.x):
+        turned = _solved(method, steps.swapped, None if pair is None else pair[::-1], limits, finer=finer)
+        return Solution(turned.steps.swapped, turned.outcome.swapped, turned.choice)
     done = passes = 0
     nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
     u, v = steps.scaled(*(pair or nothing))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,10 @@ Stop = Literal["tol", "max_iter", "precision floor", "nan"]
 
 GPU_INTERVAL = 8
 """Iterations between two looks at the error on a GPU: each look waits for the device. On a CPU it is looked at every time."""
+
+STALL, REST = 25, 5
+"""Iterations without a new smallest error after which a mixture is given up, and iterations without one that follow: a few clusters
+of different masses can keep it wandering. On clouds where it converges well neither is ever met."""
 
 PATIENCE = 100
 """Iterations without a new smallest error after which rounding is taken to hold an error near its floor where it is."""
@@ -48,6 +52,10 @@ class Outcome:
     n_iters: int
     passes: int
     stop: Stop
+
+    @property
+    def swapped(self) -> Outcome:
+        return replace(self, u=self.v, v=self.u, r=self.c, c=self.r)
 
 
 @dataclass
@@ -92,9 +100,9 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
     accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`). Should a mixture leave the range of the dtype, the
                  loop goes on from the last error it saw, without mixing
     """
-    mixer = Anderson(steps.clouds.a, gauge=steps.balanced) if accelerated else None
+    mixer = Anderson(steps.clouds.a, gauge=steps.balanced, longest=steps.span / 4) if accelerated else None
     u, _ = steps.rows(u, v)
-    safe, n = u, 0
+    safe, n, rested = u, 0, -REST
     while True:
         n += 1
         v, _ = steps.columns(u, v)
@@ -110,7 +118,10 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
                 return Outcome(u, v, r, steps.swapped.row_target(v), met, n, 1 + 2 * n, stop)
         image, _ = steps.translated(image, v)
         residual = torch.where(rho.isinf() | (rho == 0), image - u, -rho.log2()) if steps.balanced else image - u
-        u = image if mixer is None else mixer.next(image, residual)
+        if mixer is not None and n - max(watch.best_at, rested) >= STALL:
+            mixer.forget()
+            rested = n
+        u = image if mixer is None or n - rested < REST else mixer.next(image, residual)
 
 
 def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
@@ -126,7 +137,7 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
         return r, c, float(missed + missed_too)
 
     u_half, v_half, _, _ = steps.both(u, v)
-    u, v = 2.0 * u_half - u, 2.0 * v_half - v
+    u, v = steps.translated(2.0 * u_half - u, 2.0 * v_half - v)
     n = 0
     while True:
         u_half, v_half, rho, gamma = steps.both(u, v)
@@ -135,11 +146,13 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
             stop = watch.stop(error, n) or ("max_iter" if n == last else None)
             if stop:
                 break
-        u, v, n = u_half, v_half, n + 1
-    u_full, v_full = 2.0 * u_half - u, 2.0 * v_half - v
+        u, v = steps.translated(u_half, v_half)
+        n += 1
+    u_full, v_full = steps.translated(2.0 * u_half - u, 2.0 * v_half - v)
     r_full, c_full, error_full = met(u_full, v_full, *steps.both(u_full, v_full)[2:])
     passes = steps.sweeps * (n + 3)
     if error_full <= error:
+        watch.callback(n + 1, error_full)
         return Outcome(u_full, v_full, r_full, c_full, error_full, n + 1, passes, "tol" if error_full <= watch.tol else stop)
     return Outcome(u, v, r, c, error, n, passes, stop)
 

@@ -58,6 +58,11 @@ class Steps:
         return math.isinf(self.rho_a) and math.isinf(self.rho_b)
 
     @property
+    def span(self) -> float:
+        """The largest cost between two points of weight, (2R)², in units of u: what an optimal potential varies by at most."""
+        return 4.0 * kappa(self.eps) * max(self.clouds.reach, 1e-30) ** 2
+
+    @property
     def swapped(self) -> Steps:
         return replace(self, clouds=self.clouds.swapped, rho_a=self.rho_b, rho_b=self.rho_a)
 
