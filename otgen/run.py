@@ -19,7 +19,7 @@ from otgen.precision import MODES
 from otgen.problem import Problem, Variant
 from otgen.resources import template_hash
 from otgen.search import Study
-from otgen.store import Accuracy, Measurement, Store, StoredTrial, Trial
+from otgen.store import RESOLUTION, Accuracy, Measurement, Store, StoredTrial, Trial
 from otgen.verify import failures, interpret
 from otgen.workload import CompiledLaunch
 
@@ -233,7 +233,7 @@ class Run:
             self._session.pool.submit("measure", attempt, measure, self._problem, attempt.variant)
         elif attempt.spills:
             self._finish(attempt, "resource", f"spills {attempt.spills} bytes; what that costs the model cannot tell")
-        elif attempt.predicted_us < mode.best_us:
+        elif attempt.predicted_us < (1.0 + RESOLUTION) * mode.best_us:
             self._check(mode, attempt)
         else:
             mode.unchecked.append(attempt)
@@ -246,7 +246,8 @@ class Run:
         self._check(mode, best)
 
     def _check(self, mode: _Mode, attempt: Attempt) -> None:
-        mode.best_us, mode.leader = attempt.predicted_us, attempt
+        if attempt.predicted_us < mode.best_us:
+            mode.best_us, mode.leader = attempt.predicted_us, attempt
         known = self._session.store.checked(self._problem, attempt.variant)
         if known:
             self._finish(attempt, "ok", accuracy=known)

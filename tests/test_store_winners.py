@@ -49,6 +49,25 @@ def test_fewer_registers_break_a_tie(path: Path, problem: Problem) -> None:
         assert (winner.variant["BLOCK_M"], winner.registers) == (32, 100)
 
 
+def test_of_predictions_too_close_to_tell_the_fewest_instructions_win(path: Path, problem: Problem) -> None:
+    """Within 3 % of the shortest, not of the next: 10.2 and 10.29 µs are tied with 10, 10.4 is not. Measured times are not tied."""
+    with Store.open(path) as store:
+        environment = store.environment({"gpu": "a100"})
+        for block, us, issue in ((16, 10.0, 5.0), (32, 10.2, 4.0), (64, 10.29, 3.0), (128, 10.4, 1.0)):
+            store.record(
+                Trial(problem, "a100", variant(BLOCK_M=block), "ok", HASH),
+                environment=environment,
+                prediction=Prediction(us, {"issue": issue}),
+                accuracy=[Accuracy("out", 0.5, 1.0)],
+            )
+        (winner,) = store.decide(problem, "a100")
+        assert (winner.variant["BLOCK_M"], winner.predicted_us) == (64, 10.29)
+        put(store, problem, choice=variant(BLOCK_M=16), predicted=10.0, measured=12.0)
+        put(store, problem, choice=variant(BLOCK_M=32), predicted=10.0, measured=12.1)
+        (winner,) = store.decide(problem, "a100")
+        assert (winner.variant["BLOCK_M"], winner.measured_us) == (16, 12.0)
+
+
 def test_a_trial_nobody_checked_cannot_win(path: Path, problem: Problem) -> None:
     with Store.open(path) as store:
         put(store, problem, choice=variant(BLOCK_M=16), predicted=2.0)

@@ -5,6 +5,7 @@ Reading needs the standard library alone; sqlite_utils is imported when a file h
 
 from otgen.store.connect import default_path
 from otgen.store.database import Store
+from otgen.store.decide import RESOLUTION
 from otgen.store.records import (
     EVIDENCE,
     STATUSES,
@@ -21,6 +22,7 @@ from otgen.store.winners import overlay, read_winners, shipped
 
 __all__ = [
     "EVIDENCE",
+    "RESOLUTION",
     "STATUSES",
     "Accuracy",
     "Compiled",

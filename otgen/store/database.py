@@ -24,7 +24,8 @@ _KEY = "gpu = :gpu AND family = :family AND n = :n AND m = :m AND d = :d AND dty
 
 _TRIALS = f"""
 SELECT t.id, t.variant, t.status, t.message, p.us, e.median_us,
-       (SELECT max(a.value / a.budget) FROM accuracy a WHERE a.trial = t.id), c.registers, c.spills, c.shared_bytes
+       (SELECT max(a.value / a.budget) FROM accuracy a WHERE a.trial = t.id), c.registers, c.spills, c.shared_bytes,
+       json_extract(p.terms, '$.issue')
 FROM trial t LEFT JOIN compile c ON c.id = t.compile
      LEFT JOIN prediction p ON p.trial = t.id LEFT JOIN measurement e ON e.trial = t.id
 WHERE {_KEY} AND template_hash = :template_hash

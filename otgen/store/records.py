@@ -105,7 +105,11 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class StoredTrial:
-    """A trial read back, with what decides between trials; `error` is the largest accuracy value / budget."""
+    """A trial read back, with what decides between trials.
+
+    error     the largest accuracy value / budget
+    issue_us  of a prediction, how long the issue of instructions alone takes: they are counted, the rest of it is modelled
+    """
 
     id: int
     variant: Variant
@@ -117,6 +121,7 @@ class StoredTrial:
     registers: int | None
     spills: int | None
     shared_bytes: int | None
+    issue_us: float | None = None
 
     @property
     def us(self) -> float | None:
