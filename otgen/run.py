@@ -102,6 +102,7 @@ class Run:
                 variants = [variant for variant in variants if self._same_kernels(variant) == variant]
             study = Study(variants, first, session.sampler, session.seed, score(problem, gpu))
             self._modes[mode] = _Mode(study, share)
+        self._passed_over: dict[Variant, float] = {}
         for past in store.trials(problem, gpu.slug):
             self._learn(past)
 
@@ -112,8 +113,11 @@ class Run:
         mode.left -= 1
         us = past.us if past.status == "ok" else None
         mode.study.tell(past.variant if self._session.measured else self._same_kernels(past.variant), us)
+        self._passed_over.pop(past.variant, None)
         if us is not None and past.error is not None and past.error <= 1:
             mode.best_us = min(mode.best_us, us)
+        elif us is not None and not self._session.measured:
+            self._passed_over[past.variant] = us
 
     def search(self, deadline: float) -> None:
         """Keeps the compilers busy until all shares are used up or `deadline` has passed.
@@ -127,7 +131,7 @@ class Run:
                     break
             if len(pool):
                 self._receive(pool.next())
-            elif time.monotonic() >= deadline or not self._revive():
+            elif time.monotonic() >= deadline or not (self._look_again() or self._revive()):
                 return
 
     def _start_group(self) -> bool:
@@ -172,15 +176,22 @@ class Run:
         variants = [attempt.variant for attempt in group]
         self._session.pool.submit("compile", group, inspect_variants, self._problem, variants, self._session.gpu.slug)
 
+    def _look_again(self) -> bool:
+        """Goes on with what earlier runs left unchecked and could win now, once; whether there was any."""
+        again = [v for v, us in self._passed_over.items() if us < (1.0 + RESOLUTION) * self._modes[str(v["precision"])].best_us]
+        self._passed_over.clear()
+        for variant in again:
+            attempt = Attempt(self._problem, self._session.gpu, self._same_kernels(variant), variant)
+            if not self._known(attempt):
+                self._compile([attempt])
+        return bool(again)
+
     def _revive(self) -> bool:
         """Gives modes that ended with nothing another chance; whether there was one to give."""
-        revived = False
-        for mode in self._modes.values():
-            if mode.best_us < math.inf:
-                continue
-            if not mode.rescued:
-                mode.rescued, mode.left, revived = True, 1, True
-        return revived
+        empty = [mode for mode in self._modes.values() if mode.best_us == math.inf and not mode.rescued]
+        for mode in empty:
+            mode.rescued, mode.left = True, 1
+        return bool(empty)
 
     def _receive(self, outcome: Outcome) -> None:
         if isinstance(outcome.key, list):

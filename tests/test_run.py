@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from otgen.model import predict
 from otgen.pool import Outcome
 from otgen.problem import Problem, Variant
 from otgen.run import Progress, Run, Session
-from otgen.store import Store, Winner
+from otgen.store import RESOLUTION, Store, Winner
 from otgen.verify import Accuracy
 from otgen.workload import CompiledLaunch, launch_costs
 
@@ -110,6 +111,21 @@ def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     third = Bench()
     _, _, run = search(tmp_path, third, 5 * MODES)
     assert (run.added, third.asked) == (0, [])
+
+
+def test_a_run_that_goes_on_checks_what_was_passed_over_and_could_win(tmp_path: Path) -> None:
+    """An interrupted run may leave a compiled variant unchecked; it is not compiled again."""
+    _, store, _ = search(tmp_path, Bench(), 3 * MODES)
+    winner = next(w for w in store.decide(PROBLEM, "a100") if w.precision == "tf32")
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("DELETE FROM winner")
+        connection.execute("DELETE FROM accuracy WHERE trial IN (SELECT id FROM trial WHERE variant = ?)", (winner.variant.json,))
+    assert not [w for w in store.decide(PROBLEM, "a100") if w.variant == winner.variant]
+    second = Bench()
+    winners, _, _ = search(tmp_path, second, 3 * MODES)
+    assert second.asked == [("check", winner.variant)]
+    assert next(w for w in winners if w.precision == "tf32").predicted_us == pytest.approx(winner.predicted_us, rel=RESOLUTION)
+    assert store.checked(PROBLEM, winner.variant)
 
 
 def test_failures_are_told_and_counted_not_raised(tmp_path: Path) -> None:
