@@ -1,6 +1,6 @@
 """Time to a true marginal error of 1e-3 on the CPU: otgen beside GeomLoss, POT and OTT-JAX.
 
-    python benchmarks/solvers.py [--quick] [--limit 60]
+    python benchmarks/solvers.py [--quick] [--sizes 2000,5000] [--limit 60]
 
 For every n, d and eps (a share of the mean cost), each contender is run at rising effort until the plan of its potentials,
 recomputed in float64, misses its marginals by at most 1e-3 of the mass in all: Σ|P·1 − a| + Σ|Pᵀ·1 − b|. Its time is the median of
@@ -202,9 +202,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="n = 500 only, nothing written")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="n = m, comma-separated")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds an attempt may take, its three runs together")
     options = parser.parse_args()
-    sizes = (500,) if options.quick else SIZES
+    sizes = [500] if options.quick else [int(size) for size in options.sizes.split(",")]
     present = [name for name, (module, _, _) in CONTENDERS.items() if importlib.util.find_spec(module)]
     rows: list[Row] = []
     environment = {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": None}
