@@ -284,3 +284,10 @@ def test_an_offset_does_not_matter(dtype, debias, unbalanced):
     result = otgen.solve_sample(x + 1e4, y + 1e4, a, b, reg=0.02, unbalanced=unbalanced, debias=debias)
     assert result.converged
     assert float(result.value) == pytest.approx(float(plain.value), rel=1e-4 if dtype == torch.float32 else 1e-9)
+
+
+def test_one_point_needs_no_stages():
+    """Whatever reg: the plan of one point is known after two half-steps."""
+    x, y, _, _ = problem()
+    for one, other in ((x[:1], y), (x, y[:1])):
+        assert otgen.solve_sample(one, other, reg=1e-6).passes <= 7

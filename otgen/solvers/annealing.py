@@ -29,9 +29,10 @@ class Annealed:
     passes: int
 
 
-def stages(reach: float, eps: float) -> list[float]:
-    """Regularisations from reach² down, to be visited before `eps`; none when the problem is easy."""
-    if reach**2 <= HARD * eps:
+def stages(steps: Steps) -> list[float]:
+    """Regularisations from R² down, to be visited before that of `steps`; none when the problem is easy, or a side one point."""
+    reach, eps = steps.clouds.reach, steps.eps
+    if reach**2 <= HARD * eps or min(len(steps.clouds.x), len(steps.clouds.y)) == 1:
         return []
     found = [reach**2]
     while found[-1] * FACTOR > eps:

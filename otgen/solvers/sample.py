@@ -129,7 +129,7 @@ def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limit
     nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
     u, v = steps.scaled(*(pair or nothing))
     if method == "anderson" and pair is None:
-        stage = anneal(steps, *nothing, stages(steps.clouds.reach, steps.eps)[: limits.max_iter - 1])
+        stage = anneal(steps, *nothing, stages(steps)[: limits.max_iter - 1])
         u, v, done, passes = stage.u, stage.v, stage.n_iters, stage.passes
     while True:
         flags = ops.SYMMETRIC if method == "symmetric" else ops.ALTERNATING
