@@ -61,19 +61,11 @@ class KeptSteps(Steps):
 
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         rho = self._sums(u, v, transposed=False)
-        if rho is None:
-            return super().rows(u, v, step)
-        out = torch.empty_like(u)
-        chunked.update(u, rho.log2(), self.clouds.x_sq, scale(self.eps), damping(self.eps, self.rho_a), step, out)
-        return out, rho
+        return super().rows(u, v, step) if rho is None else (_updated(self, u, rho, step), rho)
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         gamma = self._sums(u, v, transposed=True)
-        if gamma is None:
-            return super().columns(u, v, step)
-        out = torch.empty_like(v)
-        chunked.update(v, gamma.log2(), self.clouds.y_sq, scale(self.eps), damping(self.eps, self.rho_b), step, out)
-        return out, gamma
+        return super().columns(u, v, step) if gamma is None else (_updated(self.swapped, v, gamma, step), gamma)
 
     def _sums(self, u: Tensor, v: Tensor, *, transposed: bool) -> Tensor | None:
         """Row sums of the pair, or column sums; None at the first call, and when they leave the range that can be trusted."""
@@ -86,3 +78,10 @@ class KeptSteps(Steps):
             return sums
         self._matrix[0] = _Matrix(self)
         return None
+
+
+def _updated(steps: Steps, u: Tensor, rho: Tensor, step: float) -> Tensor:
+    """u after the update that these row sums make."""
+    out = torch.empty_like(u)
+    chunked.update(u, rho.log2(), steps.clouds.x_sq, scale(steps.eps), damping(steps.eps, steps.rho_a), step, out)
+    return out

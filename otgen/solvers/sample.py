@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from otgen.solvers.sinkhorn import Watch
 from otgen.solvers.solution import Divergence, Solution, value
 from otgen.solvers.steps import Steps
 from otgen.solvers.verdict import complaint, least_error
+
+if TYPE_CHECKING:
+    from otgen.dispatch import Choice
 
 METHODS = ("alternating", "symmetric", "anderson")
 
@@ -97,7 +100,7 @@ def solve_sample(
     if debias:
         divergence = Divergence(cross, *(_own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
     result = OTResult(divergence, given, value(divergence, given), time.perf_counter() - started)
-    if said := complaint(result, clouds, limits.tol, _least(cross)):
+    if said := complaint(result, clouds, limits.tol, least_error(clouds, eps, _precision(cross.choice))):
         warnings.warn(said, ConvergenceWarning, stacklevel=2)
     return result
 
@@ -134,7 +137,7 @@ def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limit
     while True:
         flags = ops.SYMMETRIC if method == "symmetric" else ops.ALTERNATING
         choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.y, flags, steps.modes).choice
-        watch = limits.watch(steps, "ieee" if choice is None else choice.precision, done)
+        watch = limits.watch(steps, _precision(choice), done)
         if method == "symmetric":
             outcome = sinkhorn.symmetric(steps, u, v, watch)
         else:
@@ -156,17 +159,17 @@ def _finer(modes: tuple[str, ...], precision: str) -> tuple[str, ...]:
 
 def _own(steps: Steps, limits: _Limits) -> Solution:
     """A measure's transport to itself, which one potential solves unless its sides are relaxed differently."""
+    limits = replace(limits, callback=lambda n, error: None)
     if steps.rho_a != steps.rho_b:
-        return _solved("anderson", steps, None, replace(limits, callback=lambda n, error: None), finer=False)
+        return _solved("anderson", steps, None, limits, finer=False)
     choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.ALTERNATING, steps.modes).choice
-    watch = replace(limits, callback=lambda n, error: None).watch(steps, "ieee" if choice is None else choice.precision)
     u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))
-    return Solution(steps, sinkhorn.self_problem(steps, u, watch), choice)
+    return Solution(steps, sinkhorn.self_problem(steps, u, limits.watch(steps, _precision(choice))), choice)
 
 
-def _least(solution: Solution) -> float:
-    precision = "ieee" if solution.choice is None else solution.choice.precision
-    return least_error(solution.clouds, solution.eps, precision)
+def _precision(choice: Choice | None) -> str:
+    """The precision mode of a variant; streamed PyTorch multiplies as the coordinates are stored."""
+    return "ieee" if choice is None else choice.precision
 
 
 def _pair(given: Given, steps: Steps, potentials: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:

@@ -20,7 +20,7 @@ from otgen.errors import InputError, UsageError
 from otgen.solvers.inputs import Given, as_tensor, require_alike, working_dtype
 from otgen.solvers.plan import largest
 from otgen.solvers.solution import Once, Solution
-from otgen.solvers.steps import Steps, unscaled
+from otgen.solvers.steps import Steps, damping, unscaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +89,8 @@ class _Potential(torch.autograd.Function):
         with torch.no_grad():
             outside = _outside(ctx.solution, points, ctx.transposed)
             moved = points.to(working_dtype(points)) - outside.barycentres()
-            damping = 1.0 / (1.0 + outside.eps / outside.steps.rho_a)
-            gradient = (2.0 * damping * grad[:, None] * moved).to(points.dtype)
+            factor = 2.0 * damping(outside.eps, outside.steps.rho_a)
+            gradient = (factor * grad[:, None] * moved).to(points.dtype)
         return _Once.apply(gradient, grad, points), None, None  # type: ignore[no-untyped-call]
 
 

@@ -44,6 +44,10 @@ class Solution:
         """Whether one potential solves it: f = g."""
         return self.outcome.u is self.outcome.v
 
+    def mean(self, of: Callable[..., Tensor]) -> Tensor:
+        """Of a measure's transport to itself: half of a method's answers for both sides, together."""
+        return of() if self.symmetric else 0.5 * (of() + of(transposed=True))
+
     @property
     def f(self) -> Tensor:
         """(n,) potential in units of the cost."""
@@ -145,7 +149,7 @@ class Divergence:
         cross = self.cross.gradient(transposed=transposed)
         if own is None:
             return cross
-        return cross - (own.gradient() if own.symmetric else 0.5 * (own.gradient() + own.gradient(transposed=True)))
+        return cross - own.mean(own.gradient)
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n,), its derivative in a; (m,) in b when transposed."""
@@ -153,8 +157,7 @@ class Divergence:
         cross = self.cross.weight_gradient(transposed=transposed)
         if own is None:
             return cross
-        both = own.weight_gradient() if own.symmetric else 0.5 * (own.weight_gradient() + own.weight_gradient(transposed=True))
-        return cross - both + self.cross.eps * (-self._surplus if transposed else self._surplus)
+        return cross - own.mean(own.weight_gradient) + self.cross.eps * (-self._surplus if transposed else self._surplus)
 
     @property
     def _surplus(self) -> float:
