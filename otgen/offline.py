@@ -14,7 +14,7 @@ from otgen.families import family
 from otgen.gpus import Gpu, triton_target
 from otgen.problem import BYTES, Problem, Spec
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32"}
 
 
 class Launch(NamedTuple):

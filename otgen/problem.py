@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("fp32", "bf16", "fp16")
 """Storage types of the coordinates; potentials, weights and sums are always fp32."""
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
 
 LARGEST_CLOUD, LARGEST_DIMENSION = (1 << 31) - 1, 1 << 16
 """Points are counted in 32 bits; offsets of coordinates in 64."""
@@ -30,7 +30,11 @@ Value = int | str
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What one launch computes: a family, the sizes of the clouds, the storage type of the coordinates, and the family's flags."""
+    """What one launch computes: a family, the sizes of the clouds, the storage type of the coordinates, and the family's flags.
+
+    The flag ``batch`` is how many problems a launch solves, side by side: n and m are then the sizes of the largest. It is left out of
+    `flags` when it is 1.
+    """
 
     family: str
     n: int
@@ -47,7 +51,7 @@ class Problem:
             )
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "flags", tuple(sorted(self.flags)))
+        object.__setattr__(self, "flags", tuple(sorted(flag for flag in self.flags if flag != ("batch", 1))))
 
     @property
     def shape(self) -> str:
@@ -55,6 +59,10 @@ class Problem:
 
     def flag(self, name: str) -> Value:
         return dict(self.flags)[name]
+
+    @property
+    def batch(self) -> int:
+        return int(dict(self.flags).get("batch", 1))
 
     @property
     def flag_text(self) -> str:

@@ -29,8 +29,9 @@ class Accuracy:
 
 
 def small(problem: Problem, variant: Variant) -> Problem:
-    """An awkward problem of the same kind that is quick to interpret: one row and column more than whole tiles."""
-    return replace(problem, n=variant.int("BLOCK_M") + 3, m=variant.int("BLOCK_N") + 5)
+    """An awkward problem of the same kind that is quick to interpret: a little more than whole tiles, and a batch of three at most."""
+    flags = tuple((name, min(problem.batch, 3) if name == "batch" else value) for name, value in problem.flags)
+    return replace(problem, n=variant.int("BLOCK_M") + 3, m=variant.int("BLOCK_N") + 5, flags=flags)
 
 
 def verify(problem: Problem, variant: Variant, launch: Callable[..., None], device: str, seed: int = 0) -> list[Accuracy]:

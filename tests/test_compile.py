@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import triton
+from kinds import every
 
 from otgen.compile import Kernel, compile_key, compile_variant
 from otgen.errors import CompileError
@@ -39,7 +40,7 @@ def test_compiles_for_every_architecture(name: str) -> None:
     kind = family(name)
     tasks = {}
     for arch, slug in ARCHITECTURES.items():
-        for flags in kind.standard(64):
+        for flags in every(kind, 64):
             problem = kind.problem(4096, 4096, 64, **flags)
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 axes = {"fusion": fusion} if fusion else {}
@@ -112,7 +113,7 @@ def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
     """Triton turns an integer argument of 1 into a constant; the interpreter does not, so only the compiler can object."""
     tasks = {}
     for kind in FAMILIES.values():
-        for flags in kind.standard(shape[2]):
+        for flags in every(kind, shape[2]):
             problem = kind.problem(*shape, **flags)
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))

@@ -8,6 +8,7 @@ from itertools import product
 from math import prod
 
 import pytest
+from kinds import every
 from triton.runtime.interpreter import InterpretedFunction
 
 from otgen.errors import UsageError
@@ -18,6 +19,15 @@ from otgen.render import load
 from otgen.verify import call_arguments, failures, interpret, verify
 
 PROBLEMS = [kind.problem(4096, 4096, d, **flags) for kind in FAMILIES.values() for d in (3, 64, 100) for flags in kind.standard(d)]
+
+BATCHES = [
+    kind.problem(256, 200, d, batch=64, **flags)
+    for kind in FAMILIES.values()
+    if "batch" in kind.flags
+    for d in (3, 64)
+    for flags in kind.standard(d)
+]
+"""Of every family that has batches; `otgen.verify.interpret` takes three of the 64, of different sizes, one of them resting."""
 
 
 def legal(problem: Problem, gpu: str = "a100") -> list[Variant]:
@@ -38,7 +48,7 @@ def spread(problem: Problem, count: int) -> list[Variant]:
     return [*order, *(chooser.choice(legal(problem)) for _ in range(count - len(order)))][: max(count, len(order))]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + BATCHES, ids=str)
 def test_interpreted_kernels_agree_with_float64(problem: Problem) -> None:
     for variant in [family(problem.family).default(problem), *spread(problem, 6)]:
         assert not list(failures(interpret(problem, variant))), variant
@@ -50,7 +60,7 @@ def test_interpreted_kernels_agree_with_float64(problem: Problem) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_awkward_shapes(name: str, shape: tuple[int, int, int]) -> None:
     kind = family(name)
-    for flags in kind.standard(shape[2]):
+    for flags in every(kind, shape[2]):
         problem = kind.problem(*shape, **flags)
         variant = kind.default(problem).with_(stabiliser="shifted", BLOCK_M=32)
         results = verify(problem, variant, load(problem, variant).launch, "cpu")
@@ -61,7 +71,7 @@ def test_awkward_shapes(name: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sixteen_bit_storage(name: str, dtype: str) -> None:
     kind = family(name)
-    for flags in kind.standard(40):
+    for flags in every(kind, 40):
         problem = kind.problem(70, 50, 40, dtype, **flags)
         assert not list(failures(interpret(problem, kind.default(problem)))), flags
 
@@ -106,7 +116,7 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
 def test_the_work_of_a_variant_has_the_grid_of_its_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model believes of each launch is what `launch()` does, on uneven shapes."""
     kind = family(name)
-    for flags in kind.standard(40):
+    for flags in every(kind, 40):
         problem = kind.problem(150, 70, 40, **flags)
         for variant in spread(problem, 4):
             module = load(problem, variant)

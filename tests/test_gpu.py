@@ -11,6 +11,7 @@ from itertools import product
 
 import pytest
 import torch
+from kinds import every
 
 import otgen
 from otgen import ops
@@ -33,7 +34,7 @@ MASKED = 40
 
 def problems(n: int, m: int, d: int) -> list[Problem]:
     """One problem of every family and standard combination of flags."""
-    return [kind.problem(n, m, d, **flags) for kind in FAMILIES.values() for flags in kind.standard(d)]
+    return [kind.problem(n, m, d, **flags) for kind in FAMILIES.values() for flags in every(kind, d)]
 
 
 def variants(problem: Problem) -> Iterator[Variant]:

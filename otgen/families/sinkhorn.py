@@ -5,6 +5,8 @@ plan P_ij = a_i b_j 2^S_ij. An update is damped for a relaxed marginal and avera
 
     u ← (1 − step)·u + step·(damping·u* − (1 − damping)·scale/2·|x|²)
 
+A *batch* of problems side by side is the same update of each, with a scale and a damping of its own (`otgen.families.batches`).
+
 Schedules: *alternating* updates one side (Gauss–Seidel; OTT-JAX, POT), *symmetric* both from the old pair (Jacobi; GeomLoss).
 Source: Feydy, *Geometric data analysis, beyond convolutions* (2020), ch. 3; the biased-dot-product form: arXiv 2602.03067.
 """
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import tiles
+from otgen.families import batches, tiles
 from otgen.problem import Argument, Family, Problem, Spec, Sweep, Value, Variant, Work
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def default(problem: Problem) -> Variant:
     return Variant(tiles.default_tile(problem), **{axis: axes(problem)[axis][0] for axis in own})
 
 
+@batches.arguments
 def arguments(problem: Problem) -> dict[str, Argument]:
     n, m = problem.n, problem.m
     x, y, row, column = tiles.points(n, problem), tiles.points(m, problem), Spec((n,)), Spec((m,))
@@ -59,7 +62,8 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 
 def work(problem: Problem, variant: Variant) -> Work:
-    rows, columns = (tiles.sweep(*sizes, variant) for sizes in ((problem.n, problem.m), (problem.m, problem.n)))
+    n, m, batch = problem.n, problem.m, problem.batch
+    rows, columns = (tiles.sweep(*sizes, variant, batch=batch) for sizes in ((n, m), (m, n)))
     programs = rows.programs + columns.programs
     if variant["fusion"] == "half_step":
         return Work((rows,))
@@ -67,12 +71,13 @@ def work(problem: Problem, variant: Variant) -> Work:
         return Work((rows, columns))
     if variant["fusion"] == "one_launch":
         visited = rows.programs * rows.tiles + columns.programs * columns.tiles
-        return Work((Sweep(programs, visited / programs, max(problem.n, problem.m)),))
+        return Work((Sweep(programs, visited / programs, max(n, m) * batch),))
     splits = variant.int("SPLITS")
-    sweep = Sweep(rows.programs * splits, ceil(rows.tiles / splits), problem.m)
-    return Work((sweep, Sweep(programs, 0, problem.m)), both_sums=True)
+    sweep = Sweep(rows.programs * splits, ceil(rows.tiles / splits), m * batch)
+    return Work((sweep, Sweep(programs, 0, m * batch)), both_sums=True)
 
 
+@batches.inputs
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
     """Almost solved clouds; one row is shifted so far down that a shifted sweep must notice and redo it."""
     given = tiles.clouds(problem, seed)
@@ -83,6 +88,7 @@ def inputs(problem: Problem, seed: int) -> dict[str, Any]:
     return given | {"damping_a": 0.9, "damping_b": 0.8, "step": 0.5}
 
 
+@batches.reference
 def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
     s = tiles.scores(given)
     if problem.flag("schedule") == "alternating":
@@ -103,6 +109,7 @@ def _update(
     return (1.0 - step) * u + step * target, torch.exp2(log_rho)
 
 
+@batches.budget
 def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
     """Potentials move by no more than their scores; sums of exponentials by no more than that, relatively."""
     potential = tiles.score_budget(variant, given)
@@ -120,7 +127,7 @@ def standard(d: int) -> tuple[Mapping[str, Value], ...]:
 FAMILY = Family(
     name="sinkhorn",
     formula="u* = u − log2 Σ_j b_j 2^(u_i + v_j + scale·<x_i, y_j>)",
-    flags={"schedule": ("alternating", "symmetric")},
+    flags={"schedule": ("alternating", "symmetric"), "batch": int},
     axes=axes,
     fits=fits,
     default=default,

@@ -105,10 +105,10 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     return ""
 
 
-def sweep(n: int, m: int, variant: Variant, width: int = 0) -> Sweep:
-    """A launch in which blocks of n rows (times blocks of `width` output columns) each stream all m columns."""
-    blocks = ceil(width / variant.int("BLOCK_W")) if width else 1
-    return Sweep(ceil(n / variant.int("BLOCK_M")) * blocks, ceil(m / variant.int("BLOCK_N")), m)
+def sweep(n: int, m: int, variant: Variant, width: int = 0, batch: int = 1) -> Sweep:
+    """A launch in which blocks of n rows (times blocks of `width` output columns) each stream all m columns, of each problem."""
+    blocks = (ceil(width / variant.int("BLOCK_W")) if width else 1) * batch
+    return Sweep(ceil(n / variant.int("BLOCK_M")) * blocks, ceil(m / variant.int("BLOCK_N")), m * batch)
 
 
 def reuses_columns(problem: Problem, variant: Variant) -> bool:
@@ -120,7 +120,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """torch's type of a storage type."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int32": torch.int32}[name]
 
 
 def points(count: int, problem: Problem) -> Spec:

@@ -2,7 +2,7 @@
 
 Outputs: a *vector* (values (m,)), a *matrix* of any width k (values (m, k)), or the *gradient* of the transport cost in x,
 2·s·(r_i x_i − (P·y)_i) with r the row marginal (envelope theorem). Pᵀ·values is the same problem with the sides swapped.
-Scaled potentials as in `otgen.families.sinkhorn`.
+Scaled potentials, and batches, as in `otgen.families.sinkhorn`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import tiles
+from otgen.families import batches, tiles
 from otgen.problem import Argument, Family, Problem, Spec, Value, Variant, Work
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def default(problem: Problem) -> Variant:
     return Variant(tile, BLOCK_W=min(32, tiles.power_of_two(width(problem))))
 
 
+@batches.arguments
 def arguments(problem: Problem) -> dict[str, Argument]:
     n, m = problem.n, problem.m
     x, y, row, column = tiles.points(n, problem), tiles.points(m, problem), Spec((n,)), Spec((m,))
@@ -54,12 +55,13 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 def work(problem: Problem, variant: Variant) -> Work:
     if problem.flag("output") == "vector":
-        return Work((tiles.sweep(problem.n, problem.m, variant),))
+        return Work((tiles.sweep(problem.n, problem.m, variant, batch=problem.batch),))
     own = problem.flag("output") == "gradient" and tiles.reuses_columns(problem, variant)
-    sweep = tiles.sweep(problem.n, problem.m, variant, width(problem))
+    sweep = tiles.sweep(problem.n, problem.m, variant, width(problem), problem.batch)
     return Work((sweep,), width=variant.int("BLOCK_W"), own_values=own)
 
 
+@batches.inputs
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
     """Almost solved clouds; one column of zero weight has a potential that would overflow if it were looked at."""
     import torch
@@ -73,6 +75,7 @@ def inputs(problem: Problem, seed: int) -> dict[str, Any]:
     return given
 
 
+@batches.reference
 def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
     plan = tiles.plan(given)
     if problem.flag("output") == "gradient":
@@ -80,6 +83,7 @@ def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"out": plan @ given["values"]}
 
 
+@batches.budget
 def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
     """Each term of the sum moves by the relative budget, so the sum by that share of its absolute terms."""
     gradient = problem.flag("output") == "gradient"
@@ -95,7 +99,7 @@ def standard(d: int) -> tuple[Mapping[str, Value], ...]:
 FAMILY = Family(
     name="transport",
     formula="(P·values)_i = a_i Σ_j b_j 2^(u_i + v_j + scale·<x_i, y_j>) values_j",
-    flags={"output": ("vector", "matrix", "gradient"), "width": int},
+    flags={"output": ("vector", "matrix", "gradient"), "width": int, "batch": int},
     axes=axes,
     fits=fits,
     default=default,
