@@ -16,14 +16,29 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from otgen.dispatch import pin
     from otgen.losses import SamplesLoss
+    from otgen.solvers.batch import BatchResult, solve_sample_batch
+    from otgen.solvers.divergence import empirical_sinkhorn_divergence
     from otgen.solvers.result import OTResult
     from otgen.solvers.sample import solve_sample
     from otgen.solvers.semidual import c_transform
 
-__all__ = ["OTResult", "SamplesLoss", "__version__", "c_transform", "pin", "solve_sample"]
+__all__ = [
+    "BatchResult",
+    "OTResult",
+    "SamplesLoss",
+    "__version__",
+    "c_transform",
+    "empirical_sinkhorn_divergence",
+    "pin",
+    "solve_sample",
+    "solve_sample_batch",
+]
 
 _HOME = {
     "solve_sample": "otgen.solvers.sample",
+    "solve_sample_batch": "otgen.solvers.batch",
+    "BatchResult": "otgen.solvers.batch",
+    "empirical_sinkhorn_divergence": "otgen.solvers.divergence",
     "OTResult": "otgen.solvers.result",
     "SamplesLoss": "otgen.losses",
     "pin": "otgen.dispatch",

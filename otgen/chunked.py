@@ -169,28 +169,28 @@ def assemble(
     out.copy_(2.0 * cost * (marginal[:, None] * direction + inverse_eps * curvature))
 
 
-def exponentials(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: float, *, out: Tensor) -> None:
-    """2^S, (n, m), all at once."""
-    torch.mm(left_factor(x, u, scale), right_factor(y, v).T, out=out).exp2_()
+def exponentials(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: float | Tensor, *, out: Tensor) -> None:
+    """2^S, (…, n, m), all at once; `scale` as for `left_factor`."""
+    torch.matmul(left_factor(x, u, scale), right_factor(y, v).mT, out=out).exp2_()
 
 
-def left_factor(x: Tensor, u: Tensor, scale: float) -> Tensor:
-    """[scale·x, u, 1], (n, d + 2)."""
-    n, d = x.shape
-    left = x.new_empty((n, d + 2))
-    torch.mul(x, scale, out=left[:, :d])
-    left[:, d] = u
-    left[:, d + 1] = 1.0
+def left_factor(x: Tensor, u: Tensor, scale: float | Tensor) -> Tensor:
+    """[scale·x, u, 1], (…, n, d + 2); for a batch `scale` is (batch, 1, 1)."""
+    d = x.shape[-1]
+    left = x.new_empty((*x.shape[:-1], d + 2))
+    torch.mul(x, scale, out=left[..., :d])
+    left[..., d] = u
+    left[..., d + 1] = 1.0
     return left
 
 
 def right_factor(y: Tensor, v: Tensor) -> Tensor:
-    """[y, 1, v], (m, d + 2)."""
-    m, d = y.shape
-    right = y.new_empty((m, d + 2))
-    right[:, :d] = y
-    right[:, d] = 1.0
-    right[:, d + 1] = v
+    """[y, 1, v], (…, m, d + 2)."""
+    d = y.shape[-1]
+    right = y.new_empty((*y.shape[:-1], d + 2))
+    right[..., :d] = y
+    right[..., d] = 1.0
+    right[..., d + 1] = v
     return right
 
 
@@ -248,10 +248,12 @@ def _log_sums(sums: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> Ten
     return logs
 
 
-def update(u: Tensor, log_rho: Tensor, x_sq: Tensor, scale: float, damping: float, step: float, out: Tensor) -> None:
-    """The damped and averaged update of `otgen.families.sinkhorn`."""
+def update(
+    u: Tensor, log_rho: Tensor, x_sq: Tensor, scale: float | Tensor, damping: float | Tensor, step: float, out: Tensor
+) -> None:
+    """The damped and averaged update of `otgen.families.sinkhorn`; of a batch with numbers (batch, 1)."""
     torch.sub(u, log_rho, out=out)
-    if damping != 1.0:
-        out.mul_(damping).sub_(x_sq, alpha=(1.0 - damping) * scale / 2)
+    if isinstance(damping, Tensor) or damping != 1.0:
+        out.mul_(damping).sub_((1.0 - damping) * scale / 2 * x_sq)
     if step != 1.0:
         torch.lerp(u, out, step, out=out)

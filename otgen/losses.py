@@ -13,11 +13,12 @@ from torch import Tensor
 
 from otgen.errors import InputError, UsageError, unknown
 from otgen.solvers import schedule
+from otgen.solvers.engine import METHODS
 from otgen.solvers.inputs import Clouds, Given, centre
 from otgen.solvers.options import count_of, positive, precision_modes, tolerance
 from otgen.solvers.problems import Problem, Solved, common_diameter, count, given_of, problems_of, renamed
 from otgen.solvers.result import ConvergenceWarning, OTResult
-from otgen.solvers.sample import METHODS, solve_sample
+from otgen.solvers.sample import solve_sample
 from otgen.solvers.schedule import Schedule
 from otgen.solvers.steps import Steps
 

@@ -6,7 +6,8 @@ Triton's interpreter, as if the GPU were NOMINAL_GPU.
 
 Every function takes contiguous tensors without autograd, returns new ones, and never synchronises host and GPU in float32. Vectors
 have float32, or float64 with float64 coordinates. `modes` are the admissible precision modes (`otgen.precision`); streamed PyTorch
-computes in the coordinates' own precision and needs none. Formulas and notation: `otgen.families`.
+computes in the coordinates' own precision and needs none. The launches of sinkhorn and transport also take batches: tensors with an
+axis of problems ahead, their `extents`, and scale and damping (batch, 1), or one for all. Formulas and notation: `otgen.families`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from otgen import chunked
+from otgen import chunked, chunked_batch
 
 if TYPE_CHECKING:
     from otgen.dispatch import Kernel
@@ -58,6 +59,23 @@ STREAMED: dict[Flags, Streamed] = {
 }
 STREAMED_MATRIX = Streamed(chunked.apply_matrix)
 
+STREAMED_BATCH: dict[Flags, Streamed] = {
+    ALTERNATING: Streamed(chunked_batch.half_step),
+    SYMMETRIC: Streamed(chunked_batch.symmetric_step),
+    VECTOR: Streamed(chunked_batch.apply_vector),
+    GRADIENT: Streamed(chunked_batch.gradient),
+}
+STREAMED_BATCH_MATRIX = Streamed(chunked_batch.apply_matrix)
+
+LARGEST_BATCH = 65535
+"""Problems in a launch: what the second and third axes of a grid can count."""
+
+Extents = tuple[Tensor, Tensor]
+"""rows, columns (batch,), int32: how many points of each problem count. The rest is padding, of no weight: it keeps its potentials,
+its sums are 1, and its outputs 0. (0, 0) is a problem that rests."""
+
+Scalar = float | Tensor
+
 
 def streamed(x: Tensor) -> bool:
     """Whether clouds like `x` are computed by `otgen.chunked` rather than by a rendered kernel."""
@@ -67,17 +85,24 @@ def streamed(x: Tensor) -> bool:
 
 
 def kernel(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ...]) -> Kernel | Streamed:
-    """What computes a launch for the clouds x (n, d), y (m, d): an object with ``launch(**arguments)`` and ``choice``.
+    """What computes a launch for the clouds x (n, d), y (m, d), or for a batch of them: ``launch(**arguments)`` and ``choice``.
 
     choice  the variant, its precision and where it comes from (`otgen.dispatch.Choice`); None for streamed PyTorch
     Raises what `otgen.dispatch.kernel` does.
     """
     if streamed(x):
-        return STREAMED.get(flags, STREAMED_MATRIX)
+        return STREAMED.get(flags, STREAMED_MATRIX) if x.ndim == 2 else STREAMED_BATCH.get(flags, STREAMED_BATCH_MATRIX)
     from otgen.dispatch import kernel as dispatched
 
+    if x.ndim == 3:
+        flags = (("batch", _rounded(len(x))), *flags)
     gpu = NOMINAL_GPU if x.device.type == "cpu" else _slug(x.device)
-    return dispatched(family, gpu, x.shape[0], y.shape[0], x.shape[1], DTYPES[x.dtype], flags, modes)
+    return dispatched(family, gpu, x.shape[-2], y.shape[-2], x.shape[-1], DTYPES[x.dtype], flags, modes)
+
+
+def _rounded(batch: int) -> int:
+    """The number of problems as dispatch knows it: a power of two, and two at least, since one is no batch."""
+    return 1 << max(1, (batch - 1).bit_length())
 
 
 @lru_cache
@@ -87,15 +112,30 @@ def _slug(device: torch.device) -> str:
     return current_gpu(device)
 
 
-def _launch(family: str, flags: Flags, modes: tuple[str, ...], arguments: dict[str, Any]) -> None:
-    """Run the kernel on the device its tensors live on, which need not be the current one."""
+def _launch(
+    family: str, flags: Flags, modes: tuple[str, ...], arguments: dict[str, Any], extents: Extents | None, **each: Scalar
+) -> None:
+    """Run the kernel on the device its tensors live on, which need not be the current one.
+
+    each  the numbers of which every problem of a batch has its own
+    """
     x = arguments["x"]
+    if extents is not None:
+        each = {name: _per_problem(value, arguments["u"]) for name, value in each.items()}
+        arguments |= {"rows": extents[0], "columns": extents[1]}
+    arguments |= each
     run = kernel(family, x, arguments["y"], flags, modes).launch
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             run(**arguments)
     else:
         run(**arguments)
+
+
+def _per_problem(value: Scalar, like: Tensor) -> Tensor:
+    """(batch,): one number for each problem of potentials `like` (batch, n)."""
+    given = value if isinstance(value, Tensor) else like.new_tensor(value)
+    return given.to(like.dtype).expand(len(like), 1)[:, 0].contiguous()
 
 
 def sinkhorn_half_step(
@@ -106,10 +146,11 @@ def sinkhorn_half_step(
     b: Tensor,
     x_sq: Tensor,
     *,
-    scale: float,
-    damping: float = 1.0,
+    scale: Scalar,
+    damping: Scalar = 1.0,
     step: float = 1.0,
     modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(u_new, rho): the update of u from v, and the row sums rho of the pair (u, v) that came in; row marginals are a·rho.
 
@@ -117,7 +158,7 @@ def sinkhorn_half_step(
     """
     u_out, rho = torch.empty_like(u), torch.empty_like(u)
     arguments = {"x": x, "y": y, "u": u, "v": v, "b": b, "x_sq": x_sq, "u_out": u_out, "rho": rho}
-    _launch("sinkhorn", ALTERNATING, modes, {**arguments, "scale": scale, "damping": damping, "step": step})
+    _launch("sinkhorn", ALTERNATING, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
     return u_out, rho
 
 
@@ -131,18 +172,19 @@ def sinkhorn_symmetric_step(
     x_sq: Tensor,
     y_sq: Tensor,
     *,
-    scale: float,
-    damping_a: float = 1.0,
-    damping_b: float = 1.0,
+    scale: Scalar,
+    damping_a: Scalar = 1.0,
+    damping_b: Scalar = 1.0,
     step: float = 0.5,
     modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(u_new, v_new, rho, gamma): both updates from the old pair, and the row and column sums of that pair."""
     u_out, rho, v_out, gamma = torch.empty_like(u), torch.empty_like(u), torch.empty_like(v), torch.empty_like(v)
     clouds = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "x_sq": x_sq, "y_sq": y_sq}
     outputs = {"u_out": u_out, "v_out": v_out, "rho": rho, "gamma": gamma}
-    scalars = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b, "step": step}
-    _launch("sinkhorn", SYMMETRIC, modes, {**clouds, **outputs, **scalars})
+    each = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b}
+    _launch("sinkhorn", SYMMETRIC, modes, {**clouds, **outputs, "step": step}, extents, **each)
     return u_out, v_out, rho, gamma
 
 
@@ -155,14 +197,16 @@ def apply_plan(
     b: Tensor,
     values: Tensor,
     *,
-    scale: float,
+    scale: Scalar,
     modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
 ) -> Tensor:
     """P·values for values (m,) → (n,), or (m, k) → (n, k) with any k ≥ 1. Pᵀ·values is the same call with the sides swapped."""
-    out = values.new_empty((x.shape[0], *values.shape[1:]))
-    flags = VECTOR if values.ndim == 1 else (("output", "matrix"), ("width", values.shape[1]))
-    arguments = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "values": values, "out": out, "scale": scale}
-    _launch("transport", flags, modes, arguments)
+    vector = values.ndim == b.ndim
+    out = values.new_empty(u.shape if vector else (*u.shape, values.shape[-1]))
+    flags = VECTOR if vector else (("output", "matrix"), ("width", values.shape[-1]))
+    arguments = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "values": values, "out": out}
+    _launch("transport", flags, modes, arguments, extents, scale=scale)
     return out
 
 
@@ -175,14 +219,15 @@ def plan_gradient(
     b: Tensor,
     marginal: Tensor,
     *,
-    scale: float,
+    scale: Scalar,
     cost: float = 1.0,
     modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
 ) -> Tensor:
     """2·cost·(marginal ∘ x − P y), (n, d): the derivative of the transport cost in x for the row marginal P·1 = `marginal`."""
     out = u.new_empty(x.shape)
     plan = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b}
-    _launch("transport", GRADIENT, modes, {**plan, "marginal": marginal, "out": out, "scale": scale, "cost": cost})
+    _launch("transport", GRADIENT, modes, {**plan, "marginal": marginal, "out": out, "cost": cost}, extents, scale=scale)
     return out
 
 
@@ -205,7 +250,7 @@ def hvp_matvec(
     out = torch.empty_like(u)
     vectors = {"left": left, "right": right, "w": w, "z": z, "out": out}
     scalars = {"scale": scale, "alpha": alpha, "beta": beta}
-    _launch("hvp", MATVEC, modes, {"x": x, "y": y, "u": u, "v": v, **vectors, **scalars})
+    _launch("hvp", MATVEC, modes, {"x": x, "y": y, "u": u, "v": v, **vectors, **scalars}, None)
     return out
 
 
@@ -231,5 +276,5 @@ def hvp_assemble(
     plan = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b}
     solution = {"marginal": marginal, "direction": direction, "w_f": w_f, "w_g": w_g, "out": out}
     scalars = {"scale": scale, "cost": cost, "inverse_eps": inverse_eps}
-    _launch("hvp", ASSEMBLY, modes, {**plan, **solution, **scalars})
+    _launch("hvp", ASSEMBLY, modes, {**plan, **solution, **scalars}, None)
     return out

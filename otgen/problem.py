@@ -32,8 +32,8 @@ Value = int | str
 class Problem:
     """What one launch computes: a family, the sizes of the clouds, the storage type of the coordinates, and the family's flags.
 
-    The flag ``batch`` is how many problems a launch solves, side by side: n and m are then the sizes of the largest. It is left out of
-    `flags` when it is 1.
+    The flag ``batch`` is how many problems a launch solves, side by side: n and m are then the sizes of the largest. It is left
+    out of `flags` when it is 1.
     """
 
     family: str

@@ -29,7 +29,7 @@ class Accuracy:
 
 
 def small(problem: Problem, variant: Variant) -> Problem:
-    """An awkward problem of the same kind that is quick to interpret: a little more than whole tiles, and a batch of three at most."""
+    """An awkward problem of the same kind that is quick to interpret: a little more than whole tiles, three of a batch at most."""
     flags = tuple((name, min(problem.batch, 3) if name == "batch" else value) for name, value in problem.flags)
     return replace(problem, n=variant.int("BLOCK_M") + 3, m=variant.int("BLOCK_N") + 5, flags=flags)
 

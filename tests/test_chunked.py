@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otgen import chunked, dispatch, ops
+from otgen import chunked, chunked_batch, dispatch, ops
 from otgen.families import family
 from otgen.problem import Spec, Variant
 
@@ -46,6 +46,29 @@ def test_launch_agrees_with_the_family_reference(name, flags, launch, shape, dty
     for output, value in expected.items():
         allowed = budget[output] if dtype == torch.float32 else 1e-9 * (1.0 + float(value.abs().max()))
         assert float((made[output].double() - value).abs().max()) <= allowed, output
+
+
+BATCHES = [
+    ("sinkhorn", {"schedule": "alternating"}, chunked_batch.half_step),
+    ("sinkhorn", {"schedule": "symmetric"}, chunked_batch.symmetric_step),
+    ("transport", {"output": "vector"}, chunked_batch.apply_vector),
+    ("transport", {"output": "matrix", "width": 5}, chunked_batch.apply_matrix),
+    ("transport", {"output": "gradient"}, chunked_batch.gradient),
+]
+
+
+@pytest.mark.parametrize("tile", [64, 3000, 1 << 18], ids=["alone", "a few", "all"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 31, 3), (9, 60, 65)], ids=str)
+@pytest.mark.parametrize(("name", "flags", "launch"), BATCHES, ids=[case[2].__name__ for case in BATCHES])
+def test_batch_agrees_with_the_family_reference(name, flags, launch, shape, tile, monkeypatch):
+    """Problems of five sizes, one resting, however many fit a tile."""
+    monkeypatch.setattr(chunked_batch, "CPU_TILE", tile)
+    problem = family(name).problem(*shape, batch=5, **flags)
+    made, given = arguments(problem, torch.float64)
+    made |= {extent: given[extent].int() for extent in ("rows", "columns")}
+    launch(**made)
+    for output, value in family(name).reference(problem, given).items():
+        torch.testing.assert_close(made[output], value, rtol=1e-9, atol=1e-10)
 
 
 def test_tiles_cover_every_pair_once_whatever_their_size(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from clouds import problem
 
 import otgen
-from otgen.solvers import kept, sample
+from otgen.solvers import engine, kept
 from otgen.solvers.inputs import centre, read
 from otgen.solvers.kept import KeptSteps, keepable
 from otgen.solvers.steps import Steps
@@ -55,7 +55,7 @@ def test_a_pair_far_away_is_answered_by_taking_the_matrix_anew(monkeypatch):
 def test_a_solve_ends_where_it_would_without(monkeypatch, method, reg):
     x, y, a, b = problem(n=120, m=90)
     mine = otgen.solve_sample(x, y, a, b, reg=reg, method=method, tol=1e-8, max_iter=20000)
-    monkeypatch.setattr(sample, "keepable", lambda steps: False)
+    monkeypatch.setattr(engine, "keepable", lambda steps: False)
     other = otgen.solve_sample(x, y, a, b, reg=reg, method=method, tol=1e-8, max_iter=20000)
     assert mine.converged
     assert abs(mine.passes - other.passes) <= 0.1 * other.passes + 2

@@ -180,10 +180,12 @@ def test_float64_has_a_floor_too_and_its_users_are_not_sent_to_float64(method):
 
 
 def test_a_floor_is_declared_only_near_the_one_predicted():
-    for error, expected in ((2e-5, "precision floor"), (1e-3, None), (float("inf"), "nan")):
+    for error, expected in ((2e-5, "precision floor"), (1e-3, ""), (float("inf"), "nan")):
         watch = Watch(tol=0.0, floor=1e-6, max_iter=10**6, interval=1)
-        assert [watch.stop(error, n) for n in (1, PATIENCE - 1)] == [None, None]
-        assert watch.stop(error, PATIENCE + 1) == expected
+        for n in (1, PATIENCE - 1, PATIENCE + 1):
+            assert watch.running.all()
+            watch.look(torch.tensor([error]), n)
+        assert watch.stops.tolist() == [expected]
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 5])

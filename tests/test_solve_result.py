@@ -12,8 +12,7 @@ import otgen
 from otgen import chunked, dispatch, ops
 from otgen.errors import InputError
 from otgen.problem import Variant
-from otgen.solvers import result as result_module
-from otgen.solvers import sample
+from otgen.solvers import engine, operator
 from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.sinkhorn import PATIENCE
 
@@ -55,7 +54,7 @@ def test_passes_count_sweeps(monkeypatch):
         flags = ops.ALTERNATING if name == "half_step" else ops.SYMMETRIC
         launch = getattr(chunked, name)
         monkeypatch.setitem(ops.STREAMED, flags, ops.Streamed(lambda launch=launch, **kw: (calls.append(1), launch(**kw))[1]))
-    monkeypatch.setattr(sample, "keepable", lambda steps: False)
+    monkeypatch.setattr(engine, "keepable", lambda steps: False)
     for method in METHODS:
         calls.clear()
         result = otgen.solve_sample(x, y, a, b, reg=0.05, method=method)
@@ -99,7 +98,7 @@ def test_apply_multiplies_by_the_plan_in_both_directions():
 def test_the_dense_plan_is_refused_above_a_size(monkeypatch):
     x, y, _, _ = problem()
     result = otgen.solve_sample(x, y, reg=0.1)
-    monkeypatch.setattr(result_module, "PLAN_LIMIT", 1000)
+    monkeypatch.setattr(operator, "PLAN_LIMIT", 1000)
     with pytest.raises(InputError, match=r"60 × 45 entries take 21,600; type result\.apply"):
         _ = result.plan
 

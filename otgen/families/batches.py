@@ -55,7 +55,9 @@ def inputs(of: Inputs) -> Inputs:
         names = [name for name, value in given[0].items() if isinstance(value, torch.Tensor)]
         shared = {name: value for name, value in given[0].items() if name not in (*names, *PER_PROBLEM)}
         tensors = {name: _padded([one[name] for one in given]) for name in names}
-        scalars = {name: torch.tensor([one[name] for one in given]).double() for name in PER_PROBLEM if name in given[0]}
+        scalars = {
+            name: torch.tensor([one[name] for one in given], dtype=torch.float64) for name in PER_PROBLEM if name in given[0]
+        }
         awake = torch.tensor([i != 1 for i in range(problem.batch)])
         extents = {
             "rows": torch.tensor([part.n for part in parts]) * awake,

@@ -2,13 +2,16 @@
 
 The next iterate is the combination of the last images G(u) that makes the same combination of their residuals G(u) − u smallest
 (Anderson 1965; Walker and Ni 2011, in difference form). Its memory is 2·depth vectors; one tall-skinny Gram product and one small
-solve an iteration. Nothing waits for the device.
+solve an iteration. Nothing waits for the device. The problems of a batch are mixed each for itself.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from otgen.ops import Scalar
 
 DEPTH = 10
 """Differences remembered. To 1e-3, five do as well; to 1e-6, ten take a third fewer iterations than six (n = 1000, 2-D to 64-D)."""
@@ -20,44 +23,65 @@ GROWTH = 2.0
 """A residual that grew by more than this, since the last iteration, is answered with a plain step."""
 
 
+def per_problem(values: np.ndarray, like: Tensor) -> Tensor:
+    """An array (problems, …) as a tensor that applies to the problems of `like` (…, n), or to its one."""
+    return torch.from_numpy(values).to(like.device).reshape(*like.shape[:-1], 1)
+
+
 class Anderson:
     """Mixes the iterates of one run.
 
-    weights  (n,) of the norm of a residual: those of the measure
+    weights  (n,) or (batch, n) of the norm of a residual: those of the measure
     gauge    whether residuals count only up to a constant: adding one to the potential changes nothing
-    longest  how far a mixture may lie from the last image, in any entry. Residuals that are equal up to rounding, as while mass
-             crosses a gap at so many units of potential an iteration, would extrapolate without end
+    longest  how far a mixture may lie from the last image, in any entry: a number, or (batch, 1). Residuals that are equal up to
+             rounding, as while mass crosses a gap at so many units of potential an iteration, would extrapolate without end
     """
 
-    def __init__(self, weights: Tensor, *, gauge: bool, longest: float, depth: int = DEPTH) -> None:
-        self._weights = weights / weights.sum()
+    def __init__(self, weights: Tensor, *, gauge: bool, longest: Scalar, depth: int = DEPTH) -> None:
+        self._weights = weights / weights.sum(-1, keepdim=True)
+        self._roots = self._weights.double().sqrt()
         self._gauge, self._longest, self._depth = gauge, longest, depth
         self._images: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._size: Tensor | None = None
+        self._met = np.zeros(weights[..., 0].numel(), dtype=int)
 
-    def forget(self) -> None:
-        """Starts afresh from the next image."""
-        self._images, self._residuals, self._size = [], [], None
+    def next(self, image: Tensor, residual: Tensor, plain: np.ndarray) -> Tensor:
+        """The iterates to go on from, for the images G(u) and their residuals G(u) − u, both (n,) or (batch, n).
 
-    def next(self, image: Tensor, residual: Tensor) -> Tensor:
-        """The iterate to go on from, for the image G(u) and its residual G(u) − u, both (n,)."""
+        plain  (problems,) of those whose image is taken as it is, and whose memory starts afresh after it
+        """
         if self._gauge:
-            residual = residual - self._weights @ residual
+            residual = residual - self._mean(residual)
         residual = torch.where(self._weights > 0, residual, 0.0)
-        size = self._weights @ residual.square()
-        grown = False if self._size is None else ~(size <= GROWTH**2 * self._size)
+        size = self._mean(residual.square())
+        grown = torch.zeros_like(size, dtype=torch.bool) if self._size is None else ~(size <= GROWTH**2 * self._size)
         self._size = size
+        self._met = np.where(plain, 0, self._met + 1)
         self._images = [*self._images, image][-self._depth - 1 :]
         self._residuals = [*self._residuals, residual][-self._depth - 1 :]
-        if len(self._images) == 1:
+        if self._met.max() < 2:
             return image
-        differences = (residual - torch.stack(self._residuals[:-1])).double() * self._weights.double().sqrt()
-        gram = differences @ differences.T
-        ridge = RIDGE[image.dtype] * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
-        right = differences @ (residual.double() * self._weights.double().sqrt())
-        theta = torch.linalg.solve(gram + ridge * torch.eye(len(right), dtype=gram.dtype, device=gram.device), right)
-        theta = torch.where(torch.as_tensor(grown, device=gram.device), 0.0, theta).to(image.dtype)
-        step = theta @ (image - torch.stack(self._images[:-1]))
-        length = (step - self._weights @ step if self._gauge else step).abs().max()
-        return image - step * (self._longest / length.clamp(min=self._longest))
+        theta = torch.where(grown, 0.0, self._coefficients(residual)).to(image.dtype)
+        step = (theta[..., None, :] @ (image[..., None, :] - torch.stack(self._images[:-1], -2)))[..., 0, :]
+        length: Tensor = (step - self._mean(step) if self._gauge else step).abs().amax(-1, keepdim=True)
+        mixed: Tensor = image - step * (self._longest / torch.maximum(length, torch.as_tensor(self._longest).to(length)))
+        return torch.where(per_problem(plain, image), image, mixed) if plain.any() else mixed
+
+    def _coefficients(self, residual: Tensor) -> Tensor:
+        """(…, k): of the differences to the k residuals remembered, those that make the residual smallest."""
+        differences = (residual[..., None, :] - torch.stack(self._residuals[:-1], -2)).double() * self._roots[..., None, :]
+        count = differences.shape[-2]
+        if self._met.min() <= count:
+            remembered = np.arange(count, 0, -1) < self._met[:, None]
+            differences = differences * per_problem(remembered, differences)
+        gram = differences @ differences.mT
+        ridge = RIDGE[residual.dtype] * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(torch.float64).tiny
+        gram = gram + ridge[..., None, None] * torch.eye(count, dtype=gram.dtype, device=gram.device)
+        found: Tensor
+        found, _ = torch.linalg.solve_ex(gram, differences @ (residual.double() * self._roots)[..., None])
+        return found[..., 0]
+
+    def _mean(self, values: Tensor) -> Tensor:
+        mean: Tensor = (self._weights * values).sum(-1, keepdim=True)
+        return mean

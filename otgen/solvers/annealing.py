@@ -1,6 +1,7 @@
 """Larger regularisations on the way to the one asked for: a stage costs an alternation and brings the potentials near the next.
 
-In scaled potentials u = kappa·f − (scale/2)·|x|² a change of eps is a multiplication: u·eps/eps'.
+In scaled potentials u = kappa·f − (scale/2)·|x|² a change of eps is a multiplication: u·eps/eps'. The problems of a batch have each
+their own number of stages; those with fewer start later.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from otgen.solvers.steps import Steps
@@ -21,31 +24,58 @@ HARD = 150.0
 
 @dataclass(frozen=True, eq=False)
 class Annealed:
-    """A pair to go on from, at the problem's own eps; the alternations and sweeps it took."""
+    """A pair to go on from, at the problem's own eps; the alternations and sweeps (problems,) it took."""
 
     u: Tensor
     v: Tensor
-    n_iters: int
-    passes: int
+    n_iters: np.ndarray
+    passes: np.ndarray
 
 
-def stages(steps: Steps) -> list[float]:
-    """Regularisations from R² down, to be visited before that of `steps`; none when the problem is easy, or a side one point."""
-    reach, eps = steps.clouds.reach, steps.eps
-    if reach**2 <= HARD * eps or min(len(steps.clouds.x), len(steps.clouds.y)) == 1:
-        return []
-    found = [reach**2]
-    while found[-1] * FACTOR > eps:
-        found.append(found[-1] * FACTOR)
-    return found
+def stages(steps: Steps) -> np.ndarray:
+    """(problems, stages): regularisations from R² down, to be visited before that of `steps`, and NaN before a problem's first one.
+
+    None when the problem is easy, or a side is one point.
+    """
+    reach, eps = (np.atleast_1d(_host(value)) for value in (steps.clouds.reach, steps.eps))
+    hard = (reach**2 > HARD * eps) & (_smaller_side(steps) > 1)
+    count = np.where(hard, np.ceil(np.log(np.where(hard, reach**2 / eps, 1.0)) / -np.log(FACTOR) - 1e-9), 0).astype(int)
+    late = count[:, None] - np.arange(count.max(initial=0), 0, -1)
+    return np.where(late >= 0, reach[:, None] ** 2 * FACTOR ** late.clip(0), np.nan)
 
 
-def anneal(steps: Steps, f: Tensor, g: Tensor, through: list[float]) -> Annealed:
-    """One alternation at each stage, from the potentials f (n,) and g (m,) in units of the cost, which are zero as a rule."""
-    at = [steps.at(eps) for eps in (*through, steps.eps)]
+def anneal(steps: Steps, f: Tensor, g: Tensor, through: np.ndarray) -> Annealed:
+    """One alternation at each stage, from the potentials f (…, n) and g (…, m) in units of the cost, which are zero as a rule.
+
+    through  (problems, stages), as `stages` gives them
+    """
+    at = [_stage(steps, through[:, i]) for i in range(through.shape[1])] + [steps]
     u, v = at[0].scaled(f, g)
     for stage, following in pairwise(at):
         u, _ = stage.rows(u, v)
         v, _ = stage.columns(u, v)
         u, v = u * (stage.eps / following.eps), v * (stage.eps / following.eps)
-    return Annealed(u, v, len(through), 2 * len(through))
+    count = (~np.isnan(through)).sum(1)
+    return Annealed(u, v, count, 2 * count)
+
+
+def _stage(steps: Steps, eps: np.ndarray) -> Steps:
+    """The steps at these regularisations (problems,); problems without one rest, at that of their first stage."""
+    if steps.clouds.extents is None:
+        return steps.at(float(eps[0]))
+    asleep = np.isnan(eps)
+    first = torch.as_tensor(_host(steps.clouds.reach) ** 2).to(steps.clouds.a)
+    given = torch.from_numpy(np.where(asleep, 0.0, eps)).to(steps.clouds.a)
+    resting = torch.from_numpy(asleep).to(given.device)
+    return steps.at(torch.where(resting, first, given)[:, None]).only(~resting)
+
+
+def _smaller_side(steps: Steps) -> np.ndarray:
+    """(problems,) points of the smaller side."""
+    c = steps.clouds
+    return np.array([min(len(c.x), len(c.y))]) if c.extents is None else torch.minimum(*c.extents).cpu().numpy()
+
+
+def _host(value: float | Tensor) -> np.ndarray:
+    """A number, or one for each problem of a batch, in float64."""
+    return value[:, 0].cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)

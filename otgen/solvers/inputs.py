@@ -7,7 +7,7 @@ type. Shapes and types are checked on the host; values cost no sweep over the pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otgen.chunked import NEVER
 from otgen.errors import InputError
+from otgen.ops import Extents
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,6 +65,8 @@ class Clouds:
     a, b        (n,), (m,) weights, never the caller's own tensors;  mass  the total weight of a side, the mean of both
     shift       (d,) mean of both clouds, one vote for each point
     radius      largest norm of a centred point;  reach  the same over points of positive weight
+    extents     None. A batch has an axis of problems ahead of all others: numbers are tensors (batch, 1), `shift` (batch, 1, d),
+                and `extents` say how many points of each problem count (`otgen.ops.Extents`)
     """
 
     x: Tensor
@@ -72,19 +76,44 @@ class Clouds:
     x_sq: Tensor
     y_sq: Tensor
     shift: Tensor
-    mass: float
-    radius: float
-    reach: float
+    mass: Any
+    radius: Any
+    reach: Any
+    extents: Extents | None = None
 
     @cached_property
     def swapped(self) -> Clouds:
-        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.mass, self.radius, self.reach)
+        extents = self.extents and self.extents[::-1]
+        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.mass, self.radius, self.reach, extents)
 
     @cached_property
     def own(self) -> Clouds:
         """The problem of the first side with itself."""
         x, a, x_sq = self.x, self.a, self.x_sq
-        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, float(a.sum(dtype=torch.float64)), self.radius, self.reach)
+        total = a.sum(-1, keepdim=True, dtype=torch.float64)
+        mass = float(total) if self.extents is None else total.to(a.dtype)
+        extents = self.extents and (self.extents[0], self.extents[0])
+        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, mass, self.radius, self.reach, extents)
+
+    @cached_property
+    def awake(self) -> Tensor | None:
+        """(batch, 1), whether a problem is being worked on; None for a single one, which is."""
+        return None if self.extents is None else self.extents[0][:, None] > 0
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """(batch, n), whether a row of a batch is a point of a problem that is being worked on; None for a single problem."""
+        return None if self.extents is None else torch.arange(self.a.shape[1], device=self.a.device) < self.extents[0][:, None]
+
+    def filled(self, potential: Tensor) -> Tensor:
+        """`potential` (…, n), and where there is no point that of a point without weight."""
+        return potential if self.real is None else torch.where(self.real, potential, NEVER)
+
+    def only(self, problems: Tensor) -> Clouds:
+        """The same batch, in which all but these `problems` (batch,) rest. `self` has none that rests."""
+        assert self.extents is not None
+        rows, columns = self.extents
+        return replace(self, extents=(rows * problems, columns * problems))
 
 
 def working_dtype(points: Tensor) -> torch.dtype:

@@ -25,8 +25,12 @@ REACH = 24.0
 def keepable(steps: Steps) -> bool:
     """Whether the problem runs on the CPU, is small, and has no point without weight (whose exponentials nothing bounds)."""
     c = steps.clouds
-    small = c.x.shape[0] * c.y.shape[0] * c.x.element_size() <= KEPT_BYTES
-    return small and ops.streamed(c.x) and c.x.device.type == "cpu" and bool((c.a > 0).all() and (c.b > 0).all())
+    small = c.a.numel() * c.y.shape[-2] * c.x.element_size() <= KEPT_BYTES
+    if not (small and ops.streamed(c.x) and c.x.device.type == "cpu"):
+        return False
+    return all(
+        bool((side.a > 0 if real is None else (side.a > 0) | ~real).all()) for side in (c, c.swapped) for real in (side.real,)
+    )
 
 
 class _Matrix:
@@ -34,19 +38,21 @@ class _Matrix:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self._values = steps.clouds.x.new_empty(len(steps.clouds.x), len(steps.clouds.y))
+        self._values = steps.clouds.x.new_empty((*steps.clouds.a.shape, steps.clouds.b.shape[-1]))
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def sums(self, u: Tensor, v: Tensor, *, transposed: bool) -> Tensor:
         """Row sums at (u, v), or column sums; the matrix is taken there first when it is too far away."""
         clouds = self._steps.clouds
         if self._pair is None or max(float((new - old).abs().max()) for new, old in zip((u, v), self._pair)) > REACH:
-            chunked.exponentials(clouds.x, clouds.y, u, v, scale(self._steps.eps), out=self._values)
+            factor = scale(self._steps.eps)
+            factor = factor[..., None] if isinstance(factor, Tensor) else factor
+            chunked.exponentials(clouds.x, clouds.y, clouds.filled(u), clouds.swapped.filled(v), factor, out=self._values)
             self._pair = u.clone(), v.clone()
         up, across = torch.exp2(u - self._pair[0]), torch.exp2(v - self._pair[1])
         if transposed:
-            return across * (self._values.T @ (clouds.a * up))
-        return up * (self._values @ (clouds.b * across))
+            return across * (self._values.mT @ (clouds.a * up)[..., None])[..., 0]
+        return up * (self._values @ (clouds.b * across)[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +65,18 @@ class KeptSteps(Steps):
     def of(cls, steps: Steps) -> KeptSteps:
         return cls(**{own.name: getattr(steps, own.name) for own in fields(Steps)})
 
+    def only(self, problems: Tensor) -> KeptSteps:
+        part = KeptSteps.of(super().only(problems))
+        part._matrix.extend(self._matrix)
+        return part
+
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         rho = self._sums(u, v, transposed=False)
-        return super().rows(u, v, step) if rho is None else (_updated(self, u, rho, step), rho)
+        return super().rows(u, v, step) if rho is None else _updated(self, u, rho, step)
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         gamma = self._sums(u, v, transposed=True)
-        return super().columns(u, v, step) if gamma is None else (_updated(self.swapped, v, gamma, step), gamma)
+        return super().columns(u, v, step) if gamma is None else _updated(self.swapped, v, gamma, step)
 
     def _sums(self, u: Tensor, v: Tensor, *, transposed: bool) -> Tensor | None:
         """Row sums of the pair, or column sums; None at the first call, and when they leave the range that can be trusted."""
@@ -73,6 +84,9 @@ class KeptSteps(Steps):
             self._matrix.append(_Matrix(self))
             return None
         sums = self._matrix[0].sums(u, v, transposed=transposed)
+        real = (self.clouds.swapped if transposed else self.clouds).real
+        if real is not None:
+            sums = torch.where(real, sums, 1.0)
         smallest, largest = torch.aminmax(sums)
         if float(smallest) > chunked.LOWEST and float(largest) < chunked.HIGHEST:
             return sums
@@ -80,8 +94,8 @@ class KeptSteps(Steps):
         return None
 
 
-def _updated(steps: Steps, u: Tensor, rho: Tensor, step: float) -> Tensor:
-    """u after the update that these row sums make."""
-    out = torch.empty_like(u)
+def _updated(steps: Steps, u: Tensor, rho: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """u after the update that these row sums make, and the sums."""
+    out, real = torch.empty_like(u), steps.clouds.real
     chunked.update(u, rho.log2(), steps.clouds.x_sq, scale(steps.eps), damping(steps.eps, steps.rho_a), step, out)
-    return out
+    return (out if real is None else torch.where(real, out, u)), rho

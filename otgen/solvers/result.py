@@ -9,14 +9,13 @@ import torch
 
 from otgen.errors import InputError
 from otgen.problem import Variant
+from otgen.solvers import operator as operators
 from otgen.solvers import plan as plans
 from otgen.solvers.inputs import Given
+from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
 from otgen.solvers.sinkhorn import Stop
 from otgen.solvers.solution import Divergence
-
-PLAN_LIMIT = 1 << 30
-"""Largest dense plan, in bytes, that is handed out."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -26,10 +25,11 @@ class ConvergenceWarning(UserWarning):
 class OTResult:
     """A solved entropic transport problem between X_a (n, d) and X_b (m, d), with C = |x − y|².
 
-    Potentials follow GeomLoss and FlashSinkhorn, weights outside:  P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg). (OTT's potentials
-    are f + reg·log a, g + reg·log b.) Answers have the kind and device of X_a; they are float64 for float64 points, and float32 for
-    all others, half precision included, whose range they could leave. What needs a further sweep is computed when first asked for,
-    and kept. Nothing but `value` is differentiable; gradients have the dtype of the leaf.
+    Potentials follow GeomLoss and FlashSinkhorn, weights outside:  P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg); here the letters are
+    `potential_a` and `potential_b`. The attributes `f` and `g` are OTT's, weights inside: f + reg·log a, g + reg·log b. Answers
+    have the kind and device of X_a; they are float64 for float64 points, and float32 for all others, half precision included,
+    whose range they could leave. What needs a further sweep is computed when first asked for, and kept. Nothing but `value` is
+    differentiable; gradients have the dtype of the leaf.
 
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
                     is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
@@ -52,7 +52,7 @@ class OTResult:
         self._solution = solution = divergence.cross
         outcomes = [part.outcome for part in divergence.solutions]
         worst = max(outcomes, key=lambda outcome: (outcome.stop != "tol", outcome.error))
-        self.reg = solution.eps
+        self.reg = float(solution.eps)
         self.unbalanced: tuple[float, float] = (solution.steps.rho_a, solution.steps.rho_b)
         self.value: Any = given.answer(value)
         self._value = value.detach().clone()
@@ -82,7 +82,11 @@ class OTResult:
     @cached_property
     def value_linear(self) -> Any:
         """<P, C>."""
-        return self._given.answer(self._solution.linear_cost())
+        return self._given.answer(self._linear_cost)
+
+    @cached_property
+    def _linear_cost(self) -> torch.Tensor:
+        return self._solution.linear_cost()
 
     @cached_property
     def potential_a(self) -> Any:
@@ -141,28 +145,78 @@ class OTResult:
 
         Raises InputError when `v` does not fit, or `axis` is not 0 or 1.
         """
-        if axis not in (0, 1):
-            raise InputError(f"expected axis 0 (sums over X_a) or 1 (over X_b); got {axis!r}; type axis=1 for P·v")
-        size, other = self._solution.clouds.x.shape[0], self._solution.clouds.y.shape[0]
-        if axis == 1:
-            size, other = other, size
-        came = tuple(getattr(v, "shape", ()))
-        if size != other and came[:1] == (other,):
-            raise InputError(f"expected v of shape ({size}) or ({size}, k) for axis={axis}; got {came}; type axis={1 - axis}")
-        shape = (size,) if len(came) <= 1 else (size, None)
-        return self._given.answer(self._solution.apply(self._given.argument("v", v, shape), transposed=axis == 0))
+        cure = f"axis={1 - _axis(axis)}"
+        return operators.product(self._solution, self._given, v, axis == 0, f" for axis={axis}", cure)
+
+    def marginal(self, axis: int) -> Any:
+        """The sum of P over `axis`, as in OTT: Pᵀ·1 (m,) for 0, P·1 (n,) for 1. Raises InputError for another axis."""
+        return self.marginal_a if _axis(axis) == 1 else self.marginal_b
 
     @cached_property
     def plan(self) -> Any:
-        """P (n, m), dense. Raises InputError above PLAN_LIMIT bytes."""
-        n, m = self._solution.clouds.x.shape[0], self._solution.clouds.y.shape[0]
-        size = n * m * self._solution.clouds.x.element_size()
-        if size > PLAN_LIMIT:
-            raise InputError(
-                f"expected a plan of at most {PLAN_LIMIT:,} bytes; {n} × {m} entries take {size:,}; "
-                "type result.apply(v, axis=1) for P·v, or result.a_to_b for the map"
-            )
+        """P (n, m), dense. Raises InputError above `otgen.solvers.operator.PLAN_LIMIT` bytes."""
+        n, m = self.plan_operator.shape
+        cure = "result.apply(v, axis=1) for P·v, or result.a_to_b for the map"
+        operators.require_room("plan", n, m, self._solution, cure)
         return self._given.answer(self._solution.plan())
+
+    @cached_property
+    def lazy_plan(self) -> LazyPlan:
+        """P (n, m), any block of which is computed when it is asked for: `lazy_plan[i0:i1, j0:j1]`. POT's name."""
+        return LazyPlan(self._solution, self._given)
+
+    @cached_property
+    def plan_operator(self) -> PlanOperator:
+        """P (n, m) as a linear map, `plan_operator @ v` and `plan_operator.T @ u`. GeomLoss 0.3's name."""
+        return PlanOperator(self._solution, self._given)
+
+    @cached_property
+    def density(self) -> Any:
+        """exp((f_i + g_j − C_ij)/reg) (n, m), dense: P with respect to a⊗b, at points without weight too. GeomLoss 0.3's name.
+
+        Raises InputError above `otgen.solvers.operator.PLAN_LIMIT` bytes.
+        """
+        return self._given.answer(operators.density(self._solution))
+
+    @cached_property
+    def f(self) -> Any:
+        """(n,): OTT's potential, the weight inside, P_ij = exp((f_i + g_j − C_ij)/reg): potential_a + reg·log a, −∞ for a = 0."""
+        return self._given.answer(operators.folded(self._solution.f, self._solution.clouds.a, self.reg))
+
+    @cached_property
+    def g(self) -> Any:
+        """(m,): potential_b + reg·log b."""
+        return self._given.answer(operators.folded(self._solution.g, self._solution.clouds.b, self.reg))
+
+    @cached_property
+    def transport_mass(self) -> Any:
+        """ΣP, 1 for balanced weights of mass 1. OTT's name."""
+        return self._given.answer(self._solution.outcome.r.sum(dtype=torch.float64))
+
+    @property
+    def primal_cost(self) -> Any:
+        """<P, C>: OTT's name for `value_linear`."""
+        return self.value_linear
+
+    @cached_property
+    def dual_cost(self) -> Any:
+        """<a, f> + <b, g> for OTT's potentials `f` and `g`, in units of the cost.
+
+        Balanced and solved, it is `value` + reg·(Σ a log a + Σ b log b) for masses of 1. As in OTT nothing is put in for relaxed
+        marginals, so it is then no bound on anything: that is `value`.
+        """
+        return self._given.answer(operators.dual_cost(self._solution))
+
+    @cached_property
+    def entropy(self) -> Any:
+        """−Σ P log P, in nats, with 0·log 0 = 0: OTT's convention, for plans of any mass. One sweep, shared with value_linear."""
+        return self._given.answer(operators.entropy(self._solution, self._linear_cost))
+
+    @property
+    def citation(self) -> str:
+        """The papers behind this result, in words and in BibTeX."""
+        debiased, relaxed = self._divergence.own_a is not None, not self._solution.steps.balanced
+        return operators.citation(debiased=debiased, relaxed=relaxed)
 
     def sample(self, k: int, generator: torch.Generator | None = None, *, replace: bool = True) -> tuple[Any, Any]:
         """(i, j), int64 (k,) each: k pairs of points drawn from P/ΣP, in O((n + m + k) d) memory; only the rows drawn are visited.
@@ -197,3 +251,9 @@ class OTResult:
             f"OTResult(value={float(self._value):.6g}, {n}×{m} points in {d}-D, reg={self.reg:g}, {self.precision}, "
             f"{self.status}, {self.seconds:.3g} s)"
         )
+
+
+def _axis(axis: Any) -> int:
+    if axis not in (0, 1):
+        raise InputError(f"expected axis 0 (sums over X_a) or 1 (over X_b); got {axis!r}; type axis=1 for P·v")
+    return int(axis)

@@ -5,35 +5,21 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from otgen import ops
 from otgen.errors import InputError, unknown
-from otgen.precision import MODES
-from otgen.solvers import sinkhorn
-from otgen.solvers.annealing import anneal, stages
+from otgen.solvers.engine import METHODS, Callback, Limits, own, precision_of, solved
 from otgen.solvers.inputs import Given, centre, read
-from otgen.solvers.kept import KeptSteps, keepable
 from otgen.solvers.options import count_of, precision_modes, regularisation, relaxation, tolerance
 from otgen.solvers.result import ConvergenceWarning, OTResult
-from otgen.solvers.sinkhorn import Watch
-from otgen.solvers.solution import Divergence, Solution, value
+from otgen.solvers.solution import Divergence, value
 from otgen.solvers.steps import Steps
 from otgen.solvers.verdict import complaint, least_error
 
-if TYPE_CHECKING:
-    from otgen.dispatch import Choice
-
-METHODS = ("alternating", "symmetric", "anderson")
-
 METRICS = ("sqeuclidean",)
-
-Callback = Callable[[int, float], object]
 
 
 def solve_sample(
@@ -90,86 +76,19 @@ def solve_sample(
     if method != "auto" and method not in METHODS:
         raise unknown("method", str(method), ["auto", *METHODS])
     eps, (rho_a, rho_b) = regularisation(reg, blur), relaxation(unbalanced, unbalanced_type, reach)
-    limits = _Limits(tolerance(tol), count_of(max_iter), callback or (lambda n, error: None))
+    limits = Limits(tolerance(tol), count_of(max_iter), callback or (lambda n, error: None))
     given = read(X_a, X_b, a, b)
     clouds = centre(given, balanced=math.isinf(rho_a) and math.isinf(rho_b))
     steps = Steps(clouds, eps, precision_modes(precision, clouds, eps, limits.tol), rho_a, rho_b)
     pair = _pair(given, steps, potentials_init)
-    cross = _solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
+    cross = solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
     divergence = Divergence(cross)
     if debias:
-        divergence = Divergence(cross, *(_own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
+        divergence = Divergence(cross, *(own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
     result = OTResult(divergence, given, value(divergence, given), time.perf_counter() - started)
-    if said := complaint(result, clouds, limits.tol, least_error(clouds, eps, _precision(cross.choice))):
+    if said := complaint(result, clouds, limits.tol, least_error(clouds, eps, precision_of(cross.choice))):
         warnings.warn(said, ConvergenceWarning, stacklevel=2)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    tol: float
-    max_iter: int
-    callback: Callback
-
-    def watch(self, steps: Steps, precision: str, done: int = 0) -> Watch:
-        """Over what remains after `done` iterations."""
-        least = least_error(steps.clouds, steps.eps, precision)
-        spare = max(1, self.max_iter - done)
-        return Watch(self.tol, least, spare, sinkhorn.interval(steps.clouds.x), lambda n, error: self.callback(n + done, error))
-
-
-def _solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limits: _Limits, *, finer: bool) -> Solution:
-    """The problem's solution from the potentials `pair`, or from none.
-
-    finer  whether a loop that stalls on the rounding of its precision goes on in the next finer one
-
-    Iterates of the smaller side are the ones to mix: there are fewer of them to be told apart.
-    """
-    if method == "anderson" and len(steps.clouds.y) < len(steps.clouds.x):
-        turned = _solved(method, steps.swapped, None if pair is None else pair[::-1], limits, finer=finer)
-        return Solution(turned.steps.swapped, turned.outcome.swapped, turned.choice)
-    done = passes = 0
-    nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
-    u, v = steps.scaled(*(pair or nothing))
-    if method == "anderson" and pair is None:
-        stage = anneal(steps, *nothing, stages(steps)[: limits.max_iter - 1])
-        u, v, done, passes = stage.u, stage.v, stage.n_iters, stage.passes
-    while True:
-        flags = ops.SYMMETRIC if method == "symmetric" else ops.ALTERNATING
-        choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.y, flags, steps.modes).choice
-        watch = limits.watch(steps, _precision(choice), done)
-        if method == "symmetric":
-            outcome = sinkhorn.symmetric(steps, u, v, watch)
-        else:
-            sweeps = KeptSteps.of(steps) if keepable(steps) else steps
-            outcome = sinkhorn.alternating(sweeps, u, v, watch, accelerated=method == "anderson")
-        done, passes = done + outcome.n_iters, passes + outcome.passes
-        outcome = replace(outcome, n_iters=done, passes=passes)
-        modes = _finer(steps.modes, choice.precision) if finer and choice is not None else ()
-        if outcome.stop != "precision floor" or not modes or done >= limits.max_iter:
-            return Solution(steps, outcome, choice)
-        steps, u, v = replace(steps, modes=modes), outcome.u, outcome.v
-
-
-def _finer(modes: tuple[str, ...], precision: str) -> tuple[str, ...]:
-    """Those of `modes` that round less than `precision`."""
-    order = list(MODES)
-    return tuple(mode for mode in modes if order.index(mode) < order.index(precision))
-
-
-def _own(steps: Steps, limits: _Limits) -> Solution:
-    """A measure's transport to itself, which one potential solves unless its sides are relaxed differently."""
-    limits = replace(limits, callback=lambda n, error: None)
-    if steps.rho_a != steps.rho_b:
-        return _solved("anderson", steps, None, limits, finer=False)
-    choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.ALTERNATING, steps.modes).choice
-    u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))
-    return Solution(steps, sinkhorn.self_problem(steps, u, limits.watch(steps, _precision(choice))), choice)
-
-
-def _precision(choice: Choice | None) -> str:
-    """The precision mode of a variant; streamed PyTorch multiplies as the coordinates are stored."""
-    return "ieee" if choice is None else choice.precision
 
 
 def _pair(given: Given, steps: Steps, potentials: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:

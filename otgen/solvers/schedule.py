@@ -19,13 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from otgen import ops
-from otgen.solvers.sinkhorn import Outcome, Stop
+from otgen.precision import LOG2_E
+from otgen.solvers.sinkhorn import Outcome
 from otgen.solvers.solution import Divergence, Solution
-from otgen.solvers.steps import Steps, kappa, scale, unscaled
+from otgen.solvers.steps import Steps, unscaled
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ class End:
         return unscaled(self.u, self.steps.clouds.x_sq, self.steps.eps)
 
     def linear(self) -> Tensor:
-        """<a, φ_a(f)>, a float64 scalar."""
+        """<a, φ_a(f)>, float64 (…,)."""
         steps, a, f = self.steps, self.steps.clouds.a.double(), self.f.double()
         rho = steps.rho_a
         phi = f if math.isinf(rho) else -(rho + steps.eps / 2) * torch.expm1(-f / rho)
-        return torch.where(a > 0, a * phi, 0.0).sum()
+        return torch.where(a > 0, a * phi, 0.0).sum(-1)
 
     def weight_gradient(self) -> Tensor:
         """(n,): f, or (ρ + eps)·(1 − exp(−f/ρ)), the derivative of V in a but for a constant."""
@@ -114,8 +116,7 @@ class End:
         """
         steps, c = self.steps, self.steps.clouds
         lead = self.u_full + (steps.eps / steps.rho_a) * (self.u_full - self.u)
-        marginal, modes = steps.row_target(self.u), steps.modes
-        return ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, marginal, scale=scale(steps.eps), modes=modes)
+        return ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, steps.row_target(self.u), **steps.launch)
 
     def mean(self, of: Callable[[End], Tensor]) -> Tensor:
         """Of a measure's transport to itself: half of what is due to each side, together."""
@@ -129,10 +130,11 @@ class End:
         else:
             rho, gamma = self.steps.both(self.u, self.v)[2:]
             (r, missed), (c, missed_too) = self.steps.row_miss(self.u, rho), self.steps.swapped.row_miss(self.v, gamma)
-        error = float(missed + missed_too)
-        stop: Stop = "nan" if math.isnan(error) else "tol" if self.met else "max_iter"
+        error = (missed + missed_too)[..., 0].cpu().double().numpy()
+        stop = np.where(np.isnan(error), "nan", "tol" if self.met else "max_iter")
         passes = self.passes + (1 if self.own else self.steps.sweeps)
-        return Outcome(self.u, self.v, r, c, error, self.n_iters, passes, stop)
+        numbers = error, np.full_like(error, self.n_iters, dtype=int), np.full_like(error, passes, dtype=int), stop
+        return Outcome(self.u, self.v, r, c, *((array.item() for array in numbers) if self.u.ndim == 1 else numbers))
 
 
 def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
@@ -169,7 +171,7 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
         if schedule.threshold is None or eps != schedule.eps[-1] or n % schedule.interval:
             continue
         if checked:
-            met = max(float((new - old).abs().max()) for new, old in zip((u, v), checked)) < kappa(eps) * schedule.threshold
+            met = max(float((new - old).abs().max()) for new, old in zip((u, v), checked)) < schedule.threshold * LOG2_E / eps
             if met:
                 break
         checked = u, v
@@ -194,7 +196,7 @@ class Extrapolated:
         return tuple(end for end in (self.cross, self.own_a, self.own_b) if end is not None)
 
     def dual(self) -> Tensor:
-        """V, a float64 scalar."""
+        """V, float64 (…,)."""
         total = self.cross.linear() + self.cross.swapped.linear()
         if self.own_a is not None and self.own_b is not None:
             total = total - sum(end.mean(End.linear) for end in (self.own_a, self.own_b))

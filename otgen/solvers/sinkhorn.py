@@ -6,15 +6,15 @@ pair that came in, so that watching convergence costs no sweep.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from otgen.solvers.anderson import Anderson
+from otgen.solvers.anderson import Anderson, per_problem
 from otgen.solvers.steps import Steps
 
 Stop = Literal["tol", "max_iter", "precision floor", "nan"]
@@ -42,56 +42,99 @@ class Outcome:
     error     marginal error of (u, v), a share of the mass:  (Σ|r − a| + Σ|c − b|)/mass, for a relaxed marginal with its target
               (`Steps.row_target`) instead of a or b
     n_iters   updates of the pair;  passes  sweeps over the n × m pairs (rows redone with the running maximum are not counted)
+
+    Of a batch the tensors are (batch, n), (batch, m), and the others arrays (batch,).
     """
 
     u: Tensor
     v: Tensor
     r: Tensor
     c: Tensor
-    error: float
-    n_iters: int
-    passes: int
-    stop: Stop
+    error: Any
+    n_iters: Any
+    passes: Any
+    stop: Any
 
     @property
     def swapped(self) -> Outcome:
         return replace(self, u=self.v, v=self.u, r=self.c, c=self.r)
 
 
-@dataclass
 class Watch:
-    """Says when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass.
+    """Says of each problem when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass.
 
-    callback  told the iterations done and the error whenever the error is looked at
+    floor, max_iter  one number for all problems, or one for each
+    callback         told the iterations done and the error, of a batch the largest, whenever errors are looked at
+    running          (problems,) those to be looked at. One by one they stop, and leave their error, the iterations when they did
+                     (`ended`) and the reason (`stops`)
     """
 
-    tol: float
-    floor: float
-    max_iter: int
-    interval: int
-    callback: Callable[[int, float], object] = lambda n, error: None
-    best: float = field(default=math.inf, init=False)
-    best_at: int = field(default=0, init=False)
+    def __init__(
+        self,
+        tol: float,
+        floor: Any,
+        max_iter: Any,
+        interval: int,
+        callback: Callable[[int, float], object] = lambda n, error: None,
+        running: np.ndarray | None = None,
+    ) -> None:
+        self.running = np.ones(1, dtype=bool) if running is None else running.copy()
+        self.tol, self.interval, self._callback = tol, interval, callback
+        self.floor, self.max_iter = (np.broadcast_to(value, self.running.shape) for value in (floor, max_iter))
+        self.error = np.full(self.running.shape, np.nan)
+        self.ended = np.zeros(self.running.shape, dtype=int)
+        self.stops = np.full(self.running.shape, "", dtype="U15")
+        self.best = np.full(self.running.shape, np.inf)
+        self.best_at = np.zeros(self.running.shape, dtype=int)
+        self._working: tuple[bytes, Steps] | None = None
 
     def due(self, n: int) -> bool:
-        return n % self.interval == 0 or n == self.max_iter
+        return n % self.interval == 0 or bool(np.any(self.max_iter == n))
 
-    def stop(self, error: float, n: int) -> Stop | None:
-        """The reason to stop at an error met after `n` iterations, or None."""
-        self.callback(n, error)
-        if math.isnan(error):
-            return "nan"
-        if error <= self.tol:
-            return "tol"
-        if n == self.max_iter:
-            return "max_iter"
-        if error < self.best:
-            self.best, self.best_at = error, n
-        if n - self.best_at < PATIENCE:
-            return None
-        if not math.isfinite(self.best):
-            return "nan"
-        return "precision floor" if self.best <= FLOOR_SLACK * self.floor else None
+    def look(self, error: Tensor, n: int, forgiven: np.ndarray | None = None) -> np.ndarray:
+        """Takes the errors (…, 1) met after `n` iterations, and stops problems. Returns which of those `forgiven` met NaN."""
+        met = error.detach().reshape(-1).cpu().double().numpy()
+        self._callback(n, float(met[self.running].max()))
+        lost: np.ndarray = np.isnan(met) & self.running & (n < self.max_iter)
+        lost &= False if forgiven is None else forgiven
+        better = met < self.best
+        self.best, self.best_at = np.where(better, met, self.best), np.where(better, n, self.best_at)
+        stalled = n - self.best_at >= PATIENCE
+        reasons = {
+            "nan": np.isnan(met) & ~lost | stalled & ~np.isfinite(self.best),
+            "tol": met <= self.tol,
+            "max_iter": n >= self.max_iter,
+            "precision floor": stalled & (self.best <= FLOOR_SLACK * self.floor),
+        }
+        stops = np.select(list(reasons.values()), list(reasons), "")
+        now = self.running & (stops != "") & ~lost
+        self.stops[now], self.error[now], self.ended[now] = stops[now], met[now], n
+        self.running &= ~now
+        return lost
+
+    def replaced(self, error: Tensor) -> np.ndarray:
+        """Which problems did no worse by one more iteration, whose errors (…, 1) these are; it counts for them."""
+        met = error.detach().reshape(-1).cpu().double().numpy()
+        better: np.ndarray = met <= self.error
+        if better.any():
+            self._callback(int(self.ended.max()) + 1, float(np.where(better, met, self.error).max()))
+        self.error, self.ended = np.where(better, met, self.error), self.ended + better
+        self.stops = np.where(better & (met <= self.tol), "tol", self.stops)
+        return better
+
+    def working(self, steps: Steps) -> Steps:
+        """The steps of a problem, or of a batch those in which the problems that stopped rest."""
+        if steps.clouds.extents is None or self.running.all():
+            return steps
+        which = self.running.tobytes()
+        if self._working is None or self._working[0] != which:
+            self._working = which, steps.only(torch.from_numpy(self.running).to(steps.clouds.a.device))
+        return self._working[1]
+
+    def outcome(self, u: Tensor, v: Tensor, r: Tensor, c: Tensor, passes: np.ndarray) -> Outcome:
+        """Where it ended, now that all have stopped."""
+        numbers = self.error, self.ended, passes, self.stops
+        return Outcome(u, v, r, c, *((array[0].item() for array in numbers) if u.ndim == 1 else numbers))
 
 
 def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated: bool = False) -> Outcome:
@@ -100,28 +143,33 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
     accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`). Should a mixture leave the range of the dtype, the
                  loop goes on from the last error it saw, without mixing
     """
+    every, steps = steps, watch.working(steps)
     mixer = Anderson(steps.clouds.a, gauge=steps.balanced, longest=steps.span / 4) if accelerated else None
+    mixing, rested = np.full(watch.running.shape, accelerated), np.full(watch.running.shape, -REST)
     u, _ = steps.rows(u, v)
-    safe, n, rested = u, 0, -REST
+    safe, r, n = u, torch.zeros_like(u), 0
     while True:
         n += 1
         v, _ = steps.columns(u, v)
         image, rho = steps.rows(u, v)
+        lost = np.zeros_like(mixing)
         if watch.due(n):
-            r, error = steps.row_miss(u, rho)
-            met = float(error)
-            if math.isnan(met) and mixer is not None and n < watch.max_iter:
-                mixer, u = None, safe
-                continue
-            safe = image
-            if stop := watch.stop(met, n):
-                return Outcome(u, v, r, steps.swapped.row_target(v), met, n, 1 + 2 * n, stop)
+            marginal, error = steps.row_miss(u, rho)
+            r = steps.moved(marginal, r)
+            lost = watch.look(error, n, forgiven=mixing)
+            if not watch.running.any():
+                return watch.outcome(u, v, r, every.swapped.row_target(v), 1 + 2 * watch.ended)
+            mixing &= ~lost
+            safe = torch.where(per_problem(lost, image), safe, image) if lost.any() else image
+            steps = watch.working(every)
         image, _ = steps.translated(image, v)
         residual = torch.where(rho.isinf() | (rho == 0), image - u, -rho.log2()) if steps.balanced else image - u
-        if mixer is not None and n - max(watch.best_at, rested) >= STALL:
-            mixer.forget()
-            rested = n
-        u = image if mixer is None or n - rested < REST else mixer.next(image, residual)
+        if mixer is not None:
+            rested = np.where(n - np.maximum(watch.best_at, rested) >= STALL, n, rested)
+            image = mixer.next(image, residual, ~mixing | (n - rested < REST))
+        if lost.any():
+            image = torch.where(per_problem(lost, image), safe, image)
+        u = steps.moved(image, u)
 
 
 def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
@@ -130,31 +178,43 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
     It starts from (T_f(g), T_g(f)) of the pair given. After at most max_iter − 1 averaged steps one full step (T_f(g), T_g(f))
     follows, whose error is measured by a sweep of its own; it is kept if that is no larger.
     """
-    last = watch.max_iter - 1
+    watch.max_iter = watch.max_iter - 1
 
-    def met(u: Tensor, v: Tensor, rho: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, float]:
+    def met(u: Tensor, v: Tensor, rho: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (r, missed), (c, missed_too) = steps.row_miss(u, rho), steps.swapped.row_miss(v, gamma)
-        return r, c, float(missed + missed_too)
+        return r, c, missed + missed_too
 
-    u_half, v_half, _, _ = steps.both(u, v)
-    u, v = steps.translated(2.0 * u_half - u, 2.0 * v_half - v)
-    n = 0
+    def moved(new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return steps.moved(new[0], old[0]), steps.moved(new[1], old[1])
+
+    every, steps = steps, watch.working(steps)
+    begun = steps
+    pair = u, v
+    u_half, v_half, _, _ = steps.both(*pair)
+    pair = moved(steps.translated(2.0 * u_half - u, 2.0 * v_half - v), pair)
+    marginals, n = (torch.zeros_like(u), torch.zeros_like(v)), 0
     while True:
-        u_half, v_half, rho, gamma = steps.both(u, v)
-        if watch.due(n) or n == last:
-            r, c, error = met(u, v, rho, gamma)
-            stop = watch.stop(error, n) or ("max_iter" if n == last else None)
-            if stop:
+        u_half, v_half, rho, gamma = steps.both(*pair)
+        if watch.due(n):
+            r, c, error = met(*pair, rho, gamma)
+            marginals = moved((r, c), marginals)
+            watch.look(error, n)
+            if not watch.running.any():
                 break
-        u, v = steps.translated(u_half, v_half)
+            steps = watch.working(every)
+        pair = moved(steps.translated(u_half, v_half), pair)
         n += 1
-    u_full, v_full = steps.translated(2.0 * u_half - u, 2.0 * v_half - v)
-    r_full, c_full, error_full = met(u_full, v_full, *steps.both(u_full, v_full)[2:])
-    passes = steps.sweeps * (n + 3)
-    if error_full <= error:
-        watch.callback(n + 1, error_full)
-        return Outcome(u_full, v_full, r_full, c_full, error_full, n + 1, passes, "tol" if error_full <= watch.tol else stop)
-    return Outcome(u, v, r, c, error, n, passes, stop)
+    passes = steps.sweeps * (watch.ended + 3)
+    steps, (u, v) = begun, pair
+    if steps.clouds.extents is not None:
+        u_half, v_half, _, _ = steps.both(u, v)
+        passes = passes + steps.sweeps
+    full = steps.translated(2.0 * u_half - u, 2.0 * v_half - v)
+    r, c, error = met(*full, *steps.both(*full)[2:])
+    better = watch.replaced(error)
+    chosen = per_problem(better, u)
+    u, v, r, c = (torch.where(chosen, new, old) for new, old in zip((*full, r, c), (*pair, *marginals)))
+    return watch.outcome(u, v, r, c, passes)
 
 
 def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
@@ -162,17 +222,20 @@ def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
 
     The averaged map contracts: each step halves what the last one missed, or better (Feydy et al. 2019, section 3.1).
     """
+    every, steps = steps, watch.working(steps)
     u, _ = steps.rows(u, u)
-    n = 0
+    r, n = torch.zeros_like(u), 0
     while True:
         n += 1
         half, rho = steps.rows(u, u, step=0.5)
         if watch.due(n):
-            r, missed = steps.row_miss(u, rho)
-            error = 2.0 * float(missed)
-            if stop := watch.stop(error, n):
-                return Outcome(u, u, r, r, error, n, 1 + n, stop)
-        u = half
+            marginal, missed = steps.row_miss(u, rho)
+            r = steps.moved(marginal, r)
+            watch.look(2.0 * missed, n)
+            if not watch.running.any():
+                return watch.outcome(u, u, r, r, 1 + watch.ended)
+            steps = watch.working(every)
+        u = steps.moved(half, u)
 
 
 def interval(x: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otgen import ops
+from otgen.chunked import exponentials
 from otgen.errors import UsageError
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
@@ -36,8 +37,13 @@ class Solution:
         return self.steps.clouds
 
     @property
-    def eps(self) -> float:
+    def eps(self) -> Any:
         return self.steps.eps
+
+    @property
+    def flat_eps(self) -> Any:
+        """eps as it applies to sums over points (…,): a number, or of a batch (batch,)."""
+        return self.eps[..., 0].double() if isinstance(self.eps, Tensor) else self.eps
 
     @property
     def symmetric(self) -> bool:
@@ -58,22 +64,25 @@ class Solution:
         return unscaled(self.outcome.v, self.clouds.y_sq, self.eps)
 
     def dual(self) -> Tensor:
-        """<a, φ_a(f)> + <b, φ_b(g)> − eps·Σ(P − a⊗b), a float64 scalar; φ(f) = f, or ρ·(1 − exp(−f/ρ)) for a relaxed marginal."""
+        """<a, φ_a(f)> + <b, φ_b(g)> − eps·Σ(P − a⊗b), float64 (…,); φ(f) = f, or ρ·(1 − exp(−f/ρ)) for a relaxed marginal."""
         a, b = self.clouds.a.double(), self.clouds.b.double()
-        linear = a @ _conjugate(self.f, self.steps.rho_a) + b @ _conjugate(self.g, self.steps.rho_b)
-        return linear + self.eps * (a.sum() * b.sum() - self.outcome.r.double().sum())
+        linear = (a * _conjugate(self.f, self.steps.rho_a)).sum(-1) + (b * _conjugate(self.g, self.steps.rho_b)).sum(-1)
+        total: Tensor = linear + (a.sum(-1) * b.sum(-1) - self.outcome.r.double().sum(-1)) * self.flat_eps
+        return total
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n,): φ_a(f) + eps·(Σb − ρ_i), the derivative of the dual in a, with the row sums ρ_i of the solution: 1, or exp(−f/ρ)
         when relaxed. (m,): that in b, when transposed."""
         steps, potential = (self.steps.swapped, self.g) if transposed else (self.steps, self.f)
         sums = 1.0 if math.isinf(steps.rho_a) else torch.exp(-potential / steps.rho_a)
-        return _conjugate(potential, steps.rho_a).to(potential.dtype) + self.eps * (float(steps.clouds.b.sum()) - sums)
+        mass = steps.clouds.b.sum(-1, keepdim=True)
+        gradient: Tensor = _conjugate(potential, steps.rho_a).to(potential.dtype) + (mass - sums) * self.eps
+        return gradient
 
     def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
         """P·values, or Pᵀ·values."""
         cloud, u, v = self._sides(transposed)
-        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, scale=scale(self.eps), modes=self.steps.modes)
+        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, **self._launch(transposed))
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame.
@@ -83,29 +92,35 @@ class Solution:
         of points without weight too.
         """
         cloud, u, v = self._sides(transposed)
-        options: dict[str, Any] = {"scale": scale(self.eps), "modes": self.steps.modes}
+        options = self._launch(transposed)
         u, _ = ops.sinkhorn_half_step(cloud.x, cloud.y, u, v, cloud.b, cloud.x_sq, **options)
-        values = torch.cat((cloud.y, torch.ones_like(cloud.y[:, :1])), 1)
+        values = torch.cat((cloud.y, torch.ones_like(cloud.y[..., :1])), -1)
         sums = ops.apply_plan(cloud.x, cloud.y, u, v, torch.ones_like(cloud.a), cloud.b, values, **options)
-        return sums[:, :-1] / sums[:, -1:] + cloud.shift
+        return sums[..., :-1] / sums[..., -1:] + cloud.shift
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
         cloud, u, v = self._sides(transposed)
         marginal = self.outcome.c if transposed else self.outcome.r
-        return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, scale=scale(self.eps), modes=self.steps.modes)
+        return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, **self._launch(transposed))
 
     def linear_cost(self) -> Tensor:
-        """<P, C>, a float64 scalar; one sweep."""
+        """<P, C>, float64 (…,); one sweep."""
         x, (r, c) = self.clouds.x.double(), (self.outcome.r.double(), self.outcome.c.double())
-        cross = (x * self.apply(self.clouds.y).double()).sum()
-        return r @ self.clouds.x_sq.double() + c @ self.clouds.y_sq.double() - 2.0 * cross
+        cross = (x * self.apply(self.clouds.y).double()).sum((-2, -1))
+        return (r * self.clouds.x_sq.double()).sum(-1) + (c * self.clouds.y_sq.double()).sum(-1) - 2.0 * cross
 
     def plan(self) -> Tensor:
         """(n, m), all at once."""
-        a, b = self.clouds.a[:, None], self.clouds.b
-        scores = torch.addmm(self.outcome.v, self.clouds.x, self.clouds.y.T, alpha=scale(self.eps)).add_(self.outcome.u[:, None])
-        return torch.where((a > 0) & (b > 0), scores.exp2_().mul_(a).mul_(b), 0.0)
+        a, b = self.clouds.a[..., None], self.clouds.b[..., None, :]
+        factor = scale(self.eps)
+        factor = factor[..., None] if isinstance(factor, Tensor) else factor
+        entries = self.clouds.x.new_empty((*self.clouds.a.shape, b.shape[-1]))
+        exponentials(self.clouds.x, self.clouds.y, self.outcome.u, self.outcome.v, factor, out=entries)
+        return torch.where((a > 0) & (b > 0), entries.mul_(a).mul_(b), 0.0)
+
+    def _launch(self, transposed: bool) -> dict[str, Any]:
+        return (self.steps.swapped if transposed else self.steps).launch
 
     def _sides(self, transposed: bool) -> tuple[Clouds, Tensor, Tensor]:
         """The clouds and their scaled potentials, exchanged when transposed."""
@@ -137,10 +152,10 @@ class Divergence:
         return tuple(solution for solution in (self.cross, self.own_a, self.own_b) if solution is not None)
 
     def dual(self) -> Tensor:
-        """A float64 scalar."""
+        """Float64 (…,)."""
         total = self.cross.dual()
         if self.own_a is not None and self.own_b is not None:
-            total = total - 0.5 * (self.own_a.dual() + self.own_b.dual()) + 0.5 * self.cross.eps * self._surplus**2
+            total = total - 0.5 * (self.own_a.dual() + self.own_b.dual()) + 0.5 * self._surplus**2 * self.cross.flat_eps
         return total
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
@@ -157,11 +172,12 @@ class Divergence:
         cross = self.cross.weight_gradient(transposed=transposed)
         if own is None:
             return cross
-        return cross - own.mean(own.weight_gradient) + self.cross.eps * (-self._surplus if transposed else self._surplus)
+        surplus: Tensor = self._surplus[..., None].to(cross.dtype) * self.cross.eps
+        return cross - own.mean(own.weight_gradient) + (-surplus if transposed else surplus)
 
     @property
-    def _surplus(self) -> float:
-        return float(self.cross.clouds.a.double().sum() - self.cross.clouds.b.double().sum())
+    def _surplus(self) -> Tensor:
+        return self.cross.clouds.a.double().sum(-1) - self.cross.clouds.b.double().sum(-1)
 
 
 class DualValue(torch.autograd.Function):
@@ -184,9 +200,14 @@ class DualValue(torch.autograd.Function):
         )
         with torch.no_grad():
             wanted = zip(derivatives, ctx.needs_input_grad[1:], ctx.saved_tensors)
-            grads = [(grad * derivative()).to(tensor.dtype) if needed else None for derivative, needed, tensor in wanted]
+            grads = [_scaled(grad, derivative()).to(tensor.dtype) if needed else None for derivative, needed, tensor in wanted]
         inputs = (grad, *ctx.saved_tensors)
         return None, *(None if value is None else Once.apply(value, *inputs) for value in grads)  # type: ignore[no-untyped-call]
+
+
+def _scaled(grad: Tensor, derivative: Tensor) -> Tensor:
+    """The derivatives of values (…,) by points or weights (…, n, …), each times the gradient of its value."""
+    return grad.reshape(grad.shape + (1,) * (derivative.ndim - grad.ndim)) * derivative
 
 
 class Once(torch.autograd.Function):

@@ -3,6 +3,8 @@
 Scaled potentials u, v and their sums are those of `otgen.families.sinkhorn`. A marginal is *relaxed* with strength ρ when it may
 miss its weights at the price ρ·KL(P·1 | a): then its update is damped by ρ/(ρ + eps), and at the solution it is a·exp(−f/ρ) instead
 of a (Chizat, Peyré, Schmitzer and Vialard 2018; Séjourné, Feydy, Vialard, Trouvé and Peyré 2019). ρ = ∞ is the balanced case.
+
+Everything here takes one problem, whose vectors are (n,), or a batch of them: vectors (batch, n) and numbers (batch, 1).
 """
 
 from __future__ import annotations
@@ -15,26 +17,27 @@ import torch
 from torch import Tensor
 
 from otgen import ops
+from otgen.ops import Scalar
 from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds
 
 
-def kappa(eps: float) -> float:
+def kappa(eps: Scalar) -> Scalar:
     """Scaled potentials, in base 2, per unit of cost."""
     return LOG2_E / eps
 
 
-def scale(eps: float) -> float:
+def scale(eps: Scalar) -> Scalar:
     """The factor of <x, y> in a score, for C = |x − y|²."""
     return 2.0 * kappa(eps)
 
 
-def scaled(potential: Tensor, squares: Tensor, eps: float) -> Tensor:
+def scaled(potential: Tensor, squares: Tensor, eps: Scalar) -> Tensor:
     """u = kappa·f − (scale/2)·|x|²."""
     return kappa(eps) * potential - scale(eps) / 2 * squares
 
 
-def unscaled(potential: Tensor, squares: Tensor, eps: float) -> Tensor:
+def unscaled(potential: Tensor, squares: Tensor, eps: Scalar) -> Tensor:
     """f = (u + (scale/2)·|x|²)/kappa."""
     return (potential + scale(eps) / 2 * squares) / kappa(eps)
 
@@ -48,7 +51,7 @@ class Steps:
     """
 
     clouds: Clouds
-    eps: float
+    eps: Any
     modes: tuple[str, ...]
     rho_a: float = math.inf
     rho_b: float = math.inf
@@ -58,17 +61,27 @@ class Steps:
         return math.isinf(self.rho_a) and math.isinf(self.rho_b)
 
     @property
-    def span(self) -> float:
+    def span(self) -> Scalar:
         """The largest cost between two points of weight, (2R)², in units of u: what an optimal potential varies by at most."""
-        return 4.0 * kappa(self.eps) * max(self.clouds.reach, 1e-30) ** 2
+        reach = self.clouds.reach
+        return 4.0 * kappa(self.eps) * (reach.clamp(min=1e-15) if isinstance(reach, Tensor) else max(reach, 1e-30)) ** 2
 
     @property
     def swapped(self) -> Steps:
         return replace(self, clouds=self.clouds.swapped, rho_a=self.rho_b, rho_b=self.rho_a)
 
-    def at(self, eps: float) -> Steps:
+    def at(self, eps: Scalar) -> Steps:
         """The same problem under another regularisation."""
         return replace(self, eps=eps)
+
+    def only(self, problems: Tensor) -> Steps:
+        """The same batch, in which all but these `problems` (batch,) rest: their potentials stay, and their sums are 1."""
+        return replace(self, clouds=self.clouds.only(problems))
+
+    def moved(self, new: Tensor, old: Tensor) -> Tensor:
+        """`new`, but of problems that rest `old`; both (n,), (batch, n) or (batch, m)."""
+        awake = self.clouds.awake
+        return new if awake is None else torch.where(awake, new, old)
 
     def scaled(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """(u, v) of potentials in units of the cost."""
@@ -83,9 +96,8 @@ class Steps:
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of u from v, and the row sums of the pair that came in."""
         c = self.clouds
-        return ops.sinkhorn_half_step(
-            c.x, c.y, u, v, c.b, c.x_sq, scale=scale(self.eps), damping=damping(self.eps, self.rho_a), step=step, modes=self.modes
-        )
+        options: dict[str, Any] = {"damping": damping(self.eps, self.rho_a), "step": step}
+        return ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **options, **self.launch)
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of v from u, and the column sums of the pair that came in."""
@@ -95,9 +107,12 @@ class Steps:
         """Both updates from the old pair, and its row and column sums."""
         c = self.clouds
         both: dict[str, Any] = {"damping_a": damping(self.eps, self.rho_a), "damping_b": damping(self.eps, self.rho_b)}
-        return ops.sinkhorn_symmetric_step(
-            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, scale=scale(self.eps), step=step, modes=self.modes, **both
-        )
+        return ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **both, **self.launch)
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What every launch of `otgen.ops` for this problem is told."""
+        return {"scale": scale(self.eps), "modes": self.modes, "extents": self.clouds.extents}
 
     def row_target(self, u: Tensor) -> Tensor:
         """(n,): what the row marginal is at a solution with the potential u: a, or a·exp(−f/ρ) when relaxed."""
@@ -107,9 +122,9 @@ class Steps:
         return torch.where(a > 0, a * torch.exp(-unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a), 0.0)
 
     def row_miss(self, u: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-        """The row marginal r = a·rho, with exact zeros where there is no weight, and Σ|r − target| as a share of the mass."""
+        """The row marginal r = a·rho, with exact zeros where there is no weight; (…, 1) Σ|r − target| as a share of the mass."""
         r = torch.where(self.clouds.a > 0, self.clouds.a * rho, 0.0)
-        return r, (r - self.row_target(u)).abs().sum() / self.clouds.mass
+        return r, (r - self.row_target(u)).abs().sum(-1, keepdim=True) / self.clouds.mass
 
     def translated(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The best pair of the form (f + t, g − t); nothing to do when balanced.
@@ -126,9 +141,9 @@ class Steps:
     def _log_target_mass(self, u: Tensor) -> Tensor:
         """log <a, exp(−f/ρ_a)>."""
         exponents = -unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a
-        return torch.logsumexp(exponents + self.clouds.a.log(), 0)
+        return torch.logsumexp(exponents + self.clouds.a.log(), -1, keepdim=True)
 
 
-def damping(eps: float, rho: float) -> float:
+def damping(eps: Scalar, rho: float) -> Scalar:
     """ρ/(ρ + eps)."""
     return 1.0 / (1.0 + eps / rho)

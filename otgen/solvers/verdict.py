@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from otgen.precision import floor
@@ -15,12 +18,17 @@ ONE_POINT = 2.0**-20
 """Reach of the clouds, per distance to the origin, that the rounding of float32 coordinates explains."""
 
 
-def least_error(clouds: Clouds, eps: float, mode: str) -> float:
-    """The least marginal error that rounding allows: of the scores, by the rule of `otgen.precision`, and of the sums."""
-    scores = floor(mode, clouds.reach, eps)
+def least_error(clouds: Clouds, eps: Any, mode: str) -> Any:
+    """The least marginal error that rounding allows: of the scores, by the rule of `otgen.precision`, and of the sums.
+
+    A number, or of a batch an array (batch,).
+    """
+    scores: Any = floor(mode, clouds.reach, eps)
     if clouds.x.dtype == torch.float64:
-        scores *= 2.0**-29  # 53 bits where the rule's "ieee" has 24
-    return max(scores, torch.finfo(clouds.x.dtype).eps)
+        scores = scores * 2.0**-29  # 53 bits where the rule's "ieee" has 24
+    if isinstance(scores, torch.Tensor):
+        scores = scores[:, 0].cpu().double().numpy()
+    return np.maximum(scores, torch.finfo(clouds.x.dtype).eps)
 
 
 def complaint(result: OTResult, clouds: Clouds, tol: float, least: float) -> str:
