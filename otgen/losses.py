@@ -13,10 +13,12 @@ from torch import Tensor
 
 from otgen.errors import InputError, UsageError, unknown
 from otgen.solvers import schedule
+from otgen.solvers.batch import BatchResult, batch_modes, solve_sample_batch
+from otgen.solvers.batch_inputs import GivenBatch, centre_batch
 from otgen.solvers.engine import METHODS
-from otgen.solvers.inputs import Clouds, Given, centre
+from otgen.solvers.inputs import centre
 from otgen.solvers.options import count_of, positive, precision_modes, tolerance
-from otgen.solvers.problems import Problem, Solved, common_diameter, count, given_of, problems_of, renamed
+from otgen.solvers.problems import Problem, Solved, count, problem_of, renamed
 from otgen.solvers.result import ConvergenceWarning, OTResult
 from otgen.solvers.sample import solve_sample
 from otgen.solvers.schedule import Schedule
@@ -32,9 +34,9 @@ class SamplesLoss(torch.nn.Module):
     """The Sinkhorn divergence, or the entropic transport cost, of two weighted samples, for C = ½|x − y|².
 
     ``loss(x, y)`` and ``loss(a, x, b, y)`` with points (n, d), (m, d) and weights (n,), (m,) give a scalar; with (B, n, d),
-    (B, m, d), (B, n), (B, m) they give (B,). A batch is solved one problem after the other for now, under the one schedule of
-    their common diameter; one launch for each step of all of them is a coming change. Torch tensors, any device; half precision is
-    computed and answered in float32. Weights are uniform with mass 1 when left out, and never normalised.
+    (B, m, d), (B, n), (B, m) they give (B,): each step of all problems is one launch, under the one schedule of their common
+    diameter. Torch tensors, any device; half precision is computed and answered in float32. Weights are uniform with mass 1 when
+    left out, and never normalised.
 
     The first fourteen arguments are GeomLoss's, in its order and with its defaults:
 
@@ -45,7 +47,7 @@ class SamplesLoss(torch.nn.Module):
     cost, kernel     None; for others: geomloss.SamplesLoss
     debias           the divergence OT(α, β) − OT(α, α)/2 − OT(β, β)/2, with masses of any size
     potentials       return (F, G) instead: (n,), (m,), or (B, n), (B, m), in units of C; f_ab − f_aa and g_ab − g_bb when debiased.
-                     They are detached: differentiable ones are a coming change
+                     Differentiable as GeomLoss's are: each in its own point, x_i or y_j, through the last full update alone
     backend          "auto", "tensorized", "online" and "multiscale" mean the same here. truncate, cluster_scale and verbose, which
                      steer GeomLoss's multiscale backend, have no effect: nothing is truncated, and nothing printed
 
@@ -72,7 +74,7 @@ class SamplesLoss(torch.nn.Module):
     marginals. Gradients in x, y, a and b are those of the last full update, as in GeomLoss; relaxed, GeomLoss's are too small by
     the factor (ρ + eps/2)/(ρ + eps) and these are not. A second derivative is refused.
 
-    `last_result` is the OTResult of the last call, a list of them for a batch, None before the first; detached, and in units of
+    `last_result` is the OTResult of the last call, the BatchResult for a batch, None before the first; detached, and in units of
     |x − y|²: reg = 2·eps, and potentials and value are twice those of the loss (half_cost=False: the same). It is not copied or
     saved with the module.
 
@@ -129,32 +131,22 @@ class SamplesLoss(torch.nn.Module):
         self.n_iters, self.use_epsilon_scaling, self.last_extrapolation = n_iters, use_epsilon_scaling, last_extrapolation
         self.threshold, self.inner_iterations = threshold, inner_iterations
         self.precision, self.allow_tf32 = precision, allow_tf32
-        self._solved: list[Solved] = []
-        self._batched = False
+        self._solved: Solved | None = None
         self._check()
 
     @property
-    def last_result(self) -> OTResult | list[OTResult] | None:
+    def last_result(self) -> OTResult | BatchResult | None:
         """What the last call solved; the marginals of a schedule's plan take a sweep when it is first asked for."""
-        results = [solved.result for solved in self._solved]
-        if self._batched:
-            return results
-        return results[0] if results else None
+        return None if self._solved is None else self._solved.result
 
     def forward(self, *args: Tensor | None, label_x: Any = None, label_y: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of (x, y) or (a, x, b, y), or its potentials."""
         self._check()
         if label_x is not None or label_y is not None:
             raise NotImplementedError("label costs are not implemented yet")
-        problems, batched = problems_of(args)
-        solved = self._batch(problems)
-        self._solved, self._batched = solved, batched
-        if self.potentials:
-            pairs = [one.potentials for one in solved]
-            f, g = torch.stack([f for f, _ in pairs]), torch.stack([g for _, g in pairs])
-            return (f, g) if batched else (f[0], g[0])
-        values = torch.stack([one.value(problem) for one, problem in zip(solved, problems)])
-        return values if batched else values[0]
+        problem = problem_of(args)
+        self._solved = renamed(self._to_tol if self._to_tolerance else self._scheduled, problem)
+        return self._solved.potentials(problem) if self.potentials else self._solved.value(problem)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"blur": self.blur} if self.eps is None else {"eps": self.eps}
@@ -166,22 +158,15 @@ class SamplesLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_solved": [], "_batched": False}
+        return {**self.__dict__, "_solved": None}
 
-    def _batch(self, problems: list[Problem]) -> list[Solved]:
-        """All problems of a call, one after the other."""
-        if self._to_tolerance:
-            before = self._solved if self.warm_start and len(self._solved) == len(problems) else [None] * len(problems)
-            return [renamed(self._solve, problem, last) for problem, last in zip(problems, before)]
-        givens = [renamed(given_of, problem) for problem in problems]
+    def _scheduled(self, problem: Problem) -> Solved:
+        started, given, batched = time.perf_counter(), problem.given, problem.batched
         balanced = all(math.isinf(rho) for rho in self._rho)
-        clouds = [renamed(centre, given, balanced=balanced) for given in givens]
-        plan = self._schedule(problems)
-        return [renamed(self._scheduled, given, cloud, plan) for given, cloud in zip(givens, clouds)]
-
-    def _scheduled(self, given: Given, clouds: Clouds, plan: Schedule) -> Solved:
-        started, eps = time.perf_counter(), plan.eps[-1]
-        modes = precision_modes(self._precision(given), clouds, eps, SCHEDULE_TOL)
+        clouds = centre_batch(given, balanced=balanced) if isinstance(given, GivenBatch) else centre(given, balanced=balanced)
+        plan = self._schedule(problem)
+        admissible, eps = batch_modes if batched else precision_modes, plan.eps[-1]
+        modes = admissible(self._precision(problem), clouds, eps, SCHEDULE_TOL)
         found = schedule.solve(Steps(clouds, eps, modes, *self._rho), plan, debias=self.debias)
         if any(end.met is False for end in found.ends):
             _warn(
@@ -190,28 +175,25 @@ class SamplesLoss(torch.nn.Module):
             )
         return Solved(self._unit, given, time.perf_counter() - started, found)
 
-    def _solve(self, problem: Problem, before: Solved | None) -> Solved:
+    def _to_tol(self, problem: Problem) -> Solved:
         """By solve_sample, from the potentials of the call before."""
-        given = given_of(problem)
-        rho = tuple(None if math.isinf(rho) else rho for rho in self._rho)
+        given = problem.given
         limits: dict[str, Any] = {name: value for name in ("tol", "max_iter") if (value := getattr(self, name)) is not None}
-        result = solve_sample(
-            given.x,
-            given.y,
-            given.a,
-            given.b,
+        solve: Any = solve_sample_batch if problem.batched else solve_sample
+        result = solve(
+            *(None if tensor is None else tensor.detach() for tensor in (problem.x, problem.y, problem.a, problem.b)),
             reg=self._eps / self._unit,
-            unbalanced=rho,
+            unbalanced=tuple(None if math.isinf(rho) else rho for rho in self._rho),
             debias=self.debias,
             method=self.method,
-            precision=self._precision(given),
-            potentials_init=before.start(given) if before else None,
+            precision=self._precision(problem),
+            potentials_init=self._solved.start(given) if self.warm_start and self._solved else None,
             **limits,
         )
         return Solved(self._unit, given, result.seconds, result._divergence, result)
 
-    def _precision(self, given: Given) -> str:
-        exact = not self.allow_tf32 and self.precision == "auto" and given.x.dtype != torch.float64
+    def _precision(self, problem: Problem) -> str:
+        exact = not self.allow_tf32 and self.precision == "auto" and problem.x.dtype != torch.float64
         return "fp32" if exact else self.precision
 
     @property
@@ -235,12 +217,12 @@ class SamplesLoss(torch.nn.Module):
     def _to_tolerance(self) -> bool:
         return self.tol is not None or self.max_iter is not None or self.method not in ("auto", "symmetric")
 
-    def _schedule(self, problems: list[Problem]) -> Schedule:
+    def _schedule(self, problem: Problem) -> Schedule:
         n_iters = None if self.n_iters is None else count("n_iters", self.n_iters)
         if self.eps_list is not None:
             found = tuple(positive(f"eps_list[{i}]", eps) for i, eps in enumerate(self.eps_list))
         elif self.use_epsilon_scaling:
-            first = common_diameter(problems) if self.diameter is None else positive("diameter", self.diameter)
+            first = problem.diameter if self.diameter is None else positive("diameter", self.diameter)
             found = schedule.geometric(first, math.sqrt(self._eps), self.scaling)
         else:
             found = (self._eps,) * cast(int, n_iters)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import pickle
-import subprocess
-import sys
-import warnings
 
 import geomloss
 import pytest
@@ -15,7 +10,10 @@ import torch
 from clouds import problem
 
 import otgen
-from otgen.errors import InputError, UsageError
+from otgen import ops
+from otgen.errors import UsageError
+from otgen.solvers import engine
+from otgen.solvers.problems import problem_of
 from otgen.solvers.result import ConvergenceWarning, OTResult
 
 pytestmark = pytest.mark.usefixtures("streamed")
@@ -154,6 +152,48 @@ def test_gradients_are_geomlosss_corrected_when_relaxed(debias, reach, batch, dt
         torch.testing.assert_close(mine, expected, rtol=precision, atol=precision * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("reach", [None, 0.3])
+@pytest.mark.parametrize("debias", [True, False])
+def test_potentials_have_geomlosss_gradients(debias, reach, batch, dtype):
+    tensors, pairs = clouds(dtype, 1.0 if reach is None else 1.6, batch), []
+    for library in (otgen, geomloss):
+        a, x, b, y = tensors[0], tensors[1].clone().requires_grad_(), tensors[2], tensors[3].clone().requires_grad_()
+        f, g = library.SamplesLoss(blur=0.1, reach=reach, debias=debias, potentials=True)(a, x, b, y)
+        total = (f.view_as(a) * a.square()).sum() - (g.view_as(b) * b.cos()).sum()
+        pairs.append(torch.autograd.grad(total, (x, y)))
+    for mine, other in zip(*pairs):
+        precision = 1e-9 if dtype == torch.float64 else 2e-4
+        torch.testing.assert_close(mine, other, rtol=precision, atol=precision * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("options", [{"tol": 1e-9, "blur": 0.3}, {"tol": 1e-9, "blur": 0.3, "reach": 0.5}], ids=str)
+def test_solved_potentials_move_with_their_own_points(options, debias):
+    """f(x_i) by one update from the solved g, less that of the own problem: finite differences of the update."""
+    a, x, b, y = clouds(n=7, m=6)
+    loss = otgen.SamplesLoss(potentials=True, debias=debias, **options)
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(a, point, b, y)[0][2], point)
+    assert not gradient[torch.arange(7) != 2].any()
+    updates = [loss.last_result.to_dual_potentials()]
+    if debias:
+        own = otgen.SamplesLoss(potentials=True, debias=False, **options)
+        own(a, x, a, x)
+        updates.append(own.last_result.to_dual_potentials())
+    step = torch.tensor([[0.0, 1e-5, 0.0]], dtype=x.dtype)
+    cross, *own = (float(update.f(x[2:3] + step) - update.f(x[2:3] - step)) / 4e-5 for update in updates)
+    assert float(gradient[2, 1]) == pytest.approx(cross - sum(own), rel=1e-4, abs=1e-6)
+
+
+def test_potentials_of_half_an_update_are_not_differentiated():
+    a, x, b, y = clouds(n=7, m=6)
+    f, _ = otgen.SamplesLoss(eps_list=[1.0], last_extrapolation=False, potentials=True)(a, x.requires_grad_(), b, y)
+    with pytest.raises(UsageError, match="last_extrapolation=True"):
+        f.sum().backward()
+
+
 @pytest.mark.parametrize("reach", [None, 0.5, (0.5, None), (0.4, 1.0)])
 @pytest.mark.parametrize("debias", [True, False])
 def test_gradients_are_finite_differences_of_the_number_at_convergence(debias, reach):
@@ -190,10 +230,9 @@ def test_a_training_loop_and_the_grad_mode():
         assert not torch.is_grad_enabled()
 
 
-def test_only_the_value_is_differentiable_and_once():
+def test_the_value_is_differentiable_once():
     a, x, b, y = clouds(n=8, m=8)
     x.requires_grad_()
-    assert not any(tensor.requires_grad for tensor in otgen.SamplesLoss(potentials=True)(a, x, b, y))
     (gradient,) = torch.autograd.grad(otgen.SamplesLoss()(a, x, b, y), x, create_graph=True)
     with pytest.raises(UsageError, match="one derivative"):
         gradient.sum().backward()
@@ -267,6 +306,26 @@ def test_a_batch_keeps_a_result_for_each_problem():
             torch.testing.assert_close(single(*(tensor[k] for tensor in tensors)), values[k], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("options", [{"blur": 0.2}, {"blur": 0.2, "tol": 1e-3}], ids=str)
+def test_a_batch_takes_no_more_launches_than_its_slowest_problem(options, monkeypatch):
+    counts = []
+    for name in ("sinkhorn_half_step", "sinkhorn_symmetric_step"):
+        whole = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, whole=whole, **more: counts.append(1) or whole(*args, **more))
+    monkeypatch.setattr(engine, "keepable", lambda steps: False)
+    tensors = clouds(batch=3)
+    diameter = otgen.solvers.schedule.diameter(tensors[1], tensors[3])
+    loss = otgen.SamplesLoss(**options, diameter=diameter)
+    loss(*tensors)
+    together = len(counts)
+    alone = []
+    for k in range(3):
+        counts.clear()
+        loss(*(tensor[k] for tensor in tensors))
+        alone.append(len(counts))
+    assert max(alone) <= together < sum(alone)
+
+
 def test_a_warm_start_needs_fewer_iterations():
     a, x, b, y = clouds()
     counts = {}
@@ -338,189 +397,5 @@ def test_tf32_may_be_ruled_out():
     assert loss.last_result.precision == "fp32"
     loss(*clouds())
     assert loss.last_result.precision == "fp64"
-    assert loss._precision(otgen.solvers.inputs.read(x, y, a, b)) == "fp32"
-    assert otgen.SamplesLoss()._precision(otgen.solvers.inputs.read(x, y, a, b)) == "auto"
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "energy"}, r"geomloss\.SamplesLoss\(loss="),
-        ({"loss": "gaussian"}, r"geomloss\.SamplesLoss"),
-        ({"p": 1}, r"expected p=2; got 1; type geomloss\.SamplesLoss"),
-        ({"cost": lambda x, y: 0}, r"expected cost=None.*geomloss"),
-        ({"kernel": lambda x, y: 0}, r"expected kernel=None.*geomloss"),
-        ({"backend": "keops"}, "expected backend to be one of 'auto'"),
-        ({"backend": "alternating"}, "method='alternating'"),
-        ({"method": "newton"}, "unknown method"),
-        ({"blur": 0.0}, "above 0 for blur"),
-        ({"blur": float("nan")}, "above 0 for blur"),
-        ({"eps": -1.0}, "above 0 for eps"),
-        ({"reach": 0.0}, "above 0 for reach"),
-        ({"reach_x": -1.0}, "above 0 for reach_x"),
-        ({"reach_y": "far"}, "above 0 for reach_y"),
-        ({"scaling": 1.0}, "scaling between 0 and 1"),
-        ({"scaling": 0.0}, "scaling between 0 and 1"),
-        ({"scaling": None}, "scaling between 0 and 1"),
-        ({"tol": -1.0}, "above 0 for tol"),
-        ({"max_iter": 0}, "at least 1 for max_iter"),
-        ({"warm_start": True}, "expected tol with warm_start"),
-        ({"use_epsilon_scaling": False}, "expected n_iters"),
-        ({"eps_list": []}, "at least one value in eps_list"),
-        ({"tol": 1e-3, "n_iters": 5}, "expected a schedule for n_iters"),
-        ({"max_iter": 5, "eps_list": [1.0]}, "expected a schedule for eps_list"),
-        ({"method": "anderson", "threshold": 1e-3}, "expected a schedule for threshold"),
-        ({"tol": 1e-3, "last_extrapolation": False}, "expected a schedule for last_extrapolation"),
-        ({"allow_tf32": False, "precision": "tf32"}, "allow_tf32=False"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        otgen.SamplesLoss(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"n_iters": 0}, "at least 1 for n_iters"),
-        ({"inner_iterations": 0, "threshold": 1.0}, "at least 1 for inner_iterations"),
-        ({"threshold": -1.0}, "above 0 for threshold"),
-        ({"diameter": 0.0}, "above 0 for diameter"),
-        ({"eps_list": [1.0, 0.0]}, r"above 0 for eps_list\[1\]"),
-        ({"precision": "fp8"}, "unknown precision"),
-        ({"precision": "fp64"}, "expected float64 points"),
-    ],
-)
-def test_options_met_at_the_call(options, message):
-    with pytest.raises(ValueError, match=message):
-        otgen.SamplesLoss(**options)(torch.rand(5, 2), torch.rand(6, 2))
-
-
-def test_an_attribute_set_later_is_used_and_checked():
-    tensors = clouds()
-    loss = otgen.SamplesLoss()
-    loss.blur = 0.3
-    assert loss(*tensors) == otgen.SamplesLoss(blur=0.3)(*tensors)
-    loss.p = 1
-    with pytest.raises(UsageError, match="expected p=2"):
-        loss(*tensors)
-
-
-def test_labels_are_not_implemented_yet():
-    x, y = torch.rand(5, 2), torch.rand(6, 2)
-    for options in ({"label_cost_matrix": torch.eye(2)}, {"lambda_y": 1.0}, {"lambda_x": 0.5}):
-        with pytest.raises(NotImplementedError, match=r"^label costs are not implemented yet$"):
-            otgen.SamplesLoss(**options)
-    for options in ({"label_x": torch.zeros(5)}, {"label_y": torch.zeros(6)}):
-        with pytest.raises(NotImplementedError, match=r"^label costs are not implemented yet$"):
-            otgen.SamplesLoss()(x, y, **options)
-
-
-X, Y, A, B = torch.rand(5, 2), torch.rand(6, 2), torch.full((5,), 0.2), torch.full((6,), 1 / 6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((X,), "got 1 arguments"),
-        ((A, X, B), "got 3 arguments"),
-        ((torch.zeros(5), A, X, torch.zeros(6), B, Y), "cluster labels"),
-        ((X.numpy(), Y.numpy()), "torch tensor for x; got ndarray"),
-        ((X, None), "torch tensor for y; got NoneType"),
-        ((A.tolist(), X, B, Y), "torch tensor for a; got list"),
-        ((X[:, 0], Y[:, 0]), r"type x\[:, None\]"),
-        ((X, Y[None]), "both"),
-        ((X[None, None], Y[None, None]), "both"),
-        ((X, Y[:, :1]), r"one dimension; got x \(5, 2\) and y"),
-        ((X, Y.double()), "expected y in x's dtype"),
-        ((X.int(), Y.int()), r"floating-point points in x.*x\.float"),
-        ((X[:0], Y), "at least one point"),
-        ((X[None][:0], Y[None][:0]), "at least one problem"),
-        ((X[None], Y[None].repeat(2, 1, 1)), r"expected y of shape \(1, 6, 2\)"),
-        ((A, X[None], B[None], Y[None]), r"expected a of shape \(1, 5\)"),
-        ((A[None], X[None], B[None, :3], Y[None]), r"expected b of shape \(1, 6\)"),
-        ((X, A, Y, B), "loss.a, x, b, y."),
-        ((A[:3], X, B, Y), "expected weights a"),
-        ((2 * A, X, B, Y), r"equal masses.*reach=1\.0"),
-        ((-A, X, B, Y), "not negative"),
-        ((0 * A, X, B, Y), "positive total weight"),
-        ((A / 0, X, B, Y), "finite weights"),
-        ((X / 0, Y), "finite points.*rows of x"),
-        ((1e25 * X, Y), "and blur by it"),
-    ],
-)
-@pytest.mark.parametrize("options", [{}, {"tol": 1e-3}])
-def test_bad_input(arguments, message, options):
-    with pytest.raises(ValueError, match=message) as caught:
-        otgen.SamplesLoss(**options)(*arguments)
-    assert isinstance(caught.value, (InputError, UsageError))
-    assert "X_a" not in str(caught.value)
-    assert "X_b" not in str(caught.value)
-
-
-# Shapes, dtypes and the module
-
-
-def test_columns_of_weights_and_empty_labels_are_taken():
-    a, x, b, y = clouds()
-    value = otgen.SamplesLoss()(a, x, b, y)
-    assert otgen.SamplesLoss()(a[:, None], x, b[:, None], y) == value
-    assert otgen.SamplesLoss()(None, a, x, None, b, y) == value
-    batch = (a[None, :, None], x[None], b[None, :, None], y[None])
-    torch.testing.assert_close(otgen.SamplesLoss()(*batch), value[None])
-
-
-def test_points_that_are_one_have_no_distance():
-    x = torch.full((1, 2), 0.5, requires_grad=True)
-    value = otgen.SamplesLoss()(x, x.detach())
-    assert value.item() == pytest.approx(0.0, abs=1e-9)
-    (gradient,) = torch.autograd.grad(value, x)
-    assert (gradient == 0).all()
-
-
-def test_half_precision_is_answered_in_float32():
-    _, x, _, y = clouds(torch.float32)
-    x, y = x.half().requires_grad_(), y.half()
-    value = otgen.SamplesLoss(blur=0.3)(x, y)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, otgen.SamplesLoss(blur=0.3)(x.float(), y.float()))
-    value.backward()
-    assert x.grad.dtype == torch.float16
-
-
-def test_a_module_without_state():
-    loss = torch.nn.Sequential(otgen.SamplesLoss(blur=0.1, reach=2.0, tol=1e-3, method="anderson"))[0]
-    assert loss.state_dict() == {}
-    assert list(loss.parameters()) == []
-    assert repr(loss) == "SamplesLoss(blur=0.1, reach=2.0, tol=0.001, scaling=0.5, debias=True, method='anderson')"
-    assert repr(otgen.SamplesLoss(eps=0.1)) == "SamplesLoss(eps=0.1, scaling=0.5, debias=True)"
-
-
-def test_copies_leave_the_last_result_behind():
-    a, x, b, y = clouds()
-    loss = otgen.SamplesLoss(blur=0.3)
-    value = loss(a, x.requires_grad_(), b, y)
-    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert twin.last_result is None
-        assert twin(a, x, b, y) == value
-    assert loss.last_result is not None
-
-
-def test_a_call_says_nothing_and_keeps_no_graph(capsys):
-    a, x, b, y = clouds()
-    hidden = x.requires_grad_() * 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss = otgen.SamplesLoss(verbose=True)
-        loss(a, hidden, b, y)
-        repr(loss.last_result)
-    assert capsys.readouterr().out == ""
-    assert not loss._solved[0].given.x.requires_grad
-
-
-def test_importing_otgen_imports_no_loss():
-    code = "import otgen, sys; assert 'SamplesLoss' in dir(otgen); assert not {'torch', 'numpy', 'otgen.losses'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert loss._precision(problem_of((a, x, b, y))) == "fp32"
+    assert otgen.SamplesLoss()._precision(problem_of((a, x, b, y))) == "auto"

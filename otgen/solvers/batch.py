@@ -78,7 +78,7 @@ def solve_sample_batch(
     divergence = Divergence(cross)
     if debias:
         divergence = Divergence(cross, *(own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
-    result = BatchResult(divergence, given, time.perf_counter() - started)
+    result = BatchResult(divergence, given, batch_value(divergence, given), time.perf_counter() - started)
     if said := _complaint(result, steps, limits.tol, precision_of(cross.choice)):
         warnings.warn(said, ConvergenceWarning, stacklevel=2)
     return result
@@ -95,7 +95,7 @@ class BatchResult:
     marginal_error, n_iters, passes, stop, converged    numpy arrays (batch,)
     """
 
-    def __init__(self, divergence: Divergence, given: GivenBatch, seconds: float) -> None:
+    def __init__(self, divergence: Divergence, given: GivenBatch, value: Tensor, seconds: float) -> None:
         self._divergence, self._given = divergence, given
         self._solution = divergence.cross
         outcomes = [part.outcome for part in divergence.solutions]
@@ -103,8 +103,8 @@ class BatchResult:
         errors = np.stack([outcome.error for outcome in outcomes])
         worst = np.where(missed.any(0) & ~missed, -1.0, np.nan_to_num(errors, nan=np.inf)).argmax(0)
         each = np.arange(len(given))
-        self.value: Any = given.answer(batch_value(divergence, given))
-        self.reg: Any = given.answer(self._solution.eps[:, 0])
+        self.value: Any = given.answer(value)
+        self.reg: Any = given.answer(torch.as_tensor(self._solution.eps).to(value).expand(len(given), 1)[:, 0])
         self.marginal_error: np.ndarray = errors[worst, each]
         self.stop: np.ndarray = np.stack([outcome.stop for outcome in outcomes])[worst, each]
         self.n_iters: np.ndarray = self._solution.outcome.n_iters

@@ -1,4 +1,4 @@
-"""What SamplesLoss is called with, taken apart into problems, and what it keeps of each."""
+"""What SamplesLoss is called with, and what it keeps of that."""
 
 from __future__ import annotations
 
@@ -7,70 +7,98 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from otgen.errors import InputError, UsageError
+from otgen.solvers.batch import BatchResult
+from otgen.solvers.batch_inputs import GivenBatch, read_batch
 from otgen.solvers.inputs import Given, read, working_dtype
 from otgen.solvers.options import count_of
 from otgen.solvers.result import OTResult
 from otgen.solvers.schedule import Extrapolated, diameter
-from otgen.solvers.solution import Divergence, DualValue
+from otgen.solvers.solution import Divergence, DualValue, Potentials
 
 T = TypeVar("T")
-
-Problem = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
-"""x (n, d), y (m, d), a (n,) and b (m,), or None for uniform weights; with the caller's graph."""
 
 WORDS = {"X_a": "x", "X_b": "y", "unbalanced=1.0": "reach=1.0", "reg by its square": "blur by it"}
 """Names of solve_sample that its errors mention, as SamplesLoss calls them."""
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The tensors of a call, with the caller's graph: x (n, d), y (m, d), a (n,) and b (m,), or None for uniform weights.
+
+    Of a batch they have an axis of problems ahead.
+    """
+
+    x: Tensor
+    y: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+    @property
+    def batched(self) -> bool:
+        return self.x.ndim == 3
+
+    @cached_property
+    def given(self) -> Given | GivenBatch:
+        """What is solved, without a graph. Raises InputError."""
+        x, y, a, b = (None if tensor is None else tensor.detach() for tensor in (self.x, self.y, self.a, self.b))
+        return read_batch(x, y, a, b, None, None) if self.batched else read(x, y, a, b)
+
+    @property
+    def diameter(self) -> float:
+        """Of all points together, in the precision that they are computed in."""
+        dtype = working_dtype(self.x)
+        return diameter(self.x.detach().to(dtype), self.y.detach().to(dtype))
+
+
 @dataclass(eq=False)
 class Solved:
-    """One problem of a call, without a graph.
+    """What a call solved, without a graph.
 
     unit   the cost in units of |x − y|²
-    found  what `DualValue` takes
+    found  what `DualValue` and `Potentials` take
     """
 
     unit: float
-    given: Given
+    given: Given | GivenBatch
     seconds: float
     found: Extrapolated | Divergence
-    solution: OTResult | None = None
+    solution: OTResult | BatchResult | None = None
 
     @cached_property
-    def result(self) -> OTResult:
+    def result(self) -> OTResult | BatchResult:
         if isinstance(self.found, Divergence):
             return cast(OTResult, self.solution)
+        if isinstance(self.given, GivenBatch):
+            return BatchResult(self.found.divergence, self.given, self.found.dual(), self.seconds)
         return OTResult(self.found.divergence, self.given, self.found.dual(), self.seconds)
 
-    @property
-    def potentials(self) -> tuple[Tensor, Tensor]:
-        """(F, G), as SamplesLoss returns them."""
-        if isinstance(self.found, Extrapolated):
-            f, g = self.found.potentials()
-        else:
-            parts = self.found
-            f = parts.cross.f if parts.own_a is None else parts.cross.f - parts.own_a.f
-            g = parts.cross.g if parts.own_b is None else parts.cross.g - parts.own_b.g
+    def potentials(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """(F, G), as SamplesLoss returns them; each differentiable in its points."""
+        f, g = Potentials.apply(self.found, problem.x, problem.y)  # type: ignore[no-untyped-call]
         return self.unit * f, self.unit * g
 
     def value(self, problem: Problem) -> Tensor:
         """Differentiable in the caller's tensors."""
-        value: Tensor = DualValue.apply(self.found, *problem)  # type: ignore[no-untyped-call]
+        value: Tensor = DualValue.apply(self.found, problem.x, problem.y, problem.a, problem.b)  # type: ignore[no-untyped-call]
         return self.unit * value
 
-    def start(self, given: Given) -> tuple[Tensor, Tensor] | None:
+    def start(self, given: Given | GivenBatch) -> tuple[Tensor, Tensor] | None:
         """Its potentials, for a solve of `given`; None where they do not fit it."""
-        mine, other = (self.given.x, self.given.y), (given.x, given.y)
+        mine, other = _points(self.given), _points(given)
         same = all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(mine, other))
-        return self.result.potentials if same and self.result.stop != "nan" else None
+        return self.result.potentials if same and not np.any(np.asarray(self.result.stop) == "nan") else None
 
 
-def problems_of(args: tuple[Tensor | None, ...]) -> tuple[list[Problem], bool]:
-    """The problems of a call, and whether they came as a batch. Raises InputError for shapes that make none."""
+def _points(given: Given | GivenBatch) -> tuple[Tensor, Tensor]:
+    return (given.x.points, given.y.points) if isinstance(given, GivenBatch) else (given.x, given.y)
+
+
+def problem_of(args: tuple[Tensor | None, ...]) -> Problem:
+    """The problem of a call, or the batch of them. Raises InputError for shapes that make none."""
     if len(args) == 6 and args[0] is None and args[3] is None:
         args = (*args[1:3], *args[4:])
     if len(args) not in (2, 4):
@@ -88,7 +116,7 @@ def problems_of(args: tuple[Tensor | None, ...]) -> tuple[list[Problem], bool]:
             )
     a, b = (w.squeeze(-1) if w is not None and w.ndim == x.ndim and w.shape[-1] == 1 else w for w in (a, b))
     if x.ndim == 2:
-        return [(x, y, a, b)], False
+        return Problem(x, y, a, b)
     for name, tensor, shape in (("y", y, (len(x), *y.shape[1:])), ("a", a, x.shape[:2]), ("b", b, (len(x), y.shape[1]))):
         if tensor is not None and tensor.shape != shape:
             raise InputError(
@@ -97,12 +125,7 @@ def problems_of(args: tuple[Tensor | None, ...]) -> tuple[list[Problem], bool]:
             )
     if len(x) == 0:
         raise InputError("expected at least one problem in the batch; got none; pass x[None] and y[None] for one")
-    weights = [[None] * len(x) if w is None else list(w) for w in (a, b)]
-    return list(zip(x, y, *weights)), True
-
-
-def given_of(problem: Problem) -> Given:
-    return read(*(None if tensor is None else tensor.detach() for tensor in problem))
+    return Problem(x, y, a, b)
 
 
 def renamed(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
@@ -114,13 +137,6 @@ def renamed(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         for ours, theirs in WORDS.items():
             message = message.replace(ours, theirs)
         raise InputError(message) from None
-
-
-def common_diameter(problems: list[Problem]) -> float:
-    """Of all clouds of a batch, in the precision that they are computed in."""
-    dtype = working_dtype(problems[0][0])
-    x, y = torch.cat([problem[0].detach() for problem in problems]), torch.cat([problem[1].detach() for problem in problems])
-    return diameter(x.to(dtype), y.to(dtype))
 
 
 def count(name: str, value: Any) -> int:

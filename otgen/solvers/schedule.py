@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from otgen import ops
+from otgen.errors import UsageError
 from otgen.precision import LOG2_E
 from otgen.solvers.sinkhorn import Outcome
-from otgen.solvers.solution import Divergence, Solution
+from otgen.solvers.solution import Divergence, Solution, potential_gradient
 from otgen.solvers.steps import Steps, unscaled
 
 
@@ -117,6 +118,15 @@ class End:
         steps, c = self.steps, self.steps.clouds
         lead = self.u_full + (steps.eps / steps.rho_a) * (self.u_full - self.u)
         return ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, steps.row_target(self.u), **steps.launch)
+
+    def potential_gradient(self) -> Tensor:
+        """(n, d): the derivative of each f_i in x_i with all else held (`otgen.solvers.solution.potential_gradient`).
+
+        Raises UsageError for potentials that are not those of a full update.
+        """
+        if self.u is not self.u_full and self.u is self.u_old:
+            raise UsageError("expected last_extrapolation=True for differentiable potentials; got False; leave it out")
+        return potential_gradient(self.steps, self.u_full, self.v_old)
 
     def mean(self, of: Callable[[End], Tensor]) -> Tensor:
         """Of a measure's transport to itself: half of what is due to each side, together."""
@@ -220,6 +230,13 @@ class Extrapolated:
         if self.own_a is None or self.own_b is None:
             return f, g
         return f - self.own_a.f, g - self.own_b.swapped.f
+
+    def potential_gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n, d), the derivative of each of the first `potentials` in its point, with all else held; (m, d) of the second."""
+        cross, own = self._sides(transposed)
+        if own is None:
+            return cross.potential_gradient()
+        return cross.potential_gradient() - (own.swapped if transposed else own).potential_gradient()
 
     @cached_property
     def divergence(self) -> Divergence:

@@ -15,7 +15,7 @@ from otgen.chunked import exponentials
 from otgen.errors import UsageError
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
-from otgen.solvers.steps import Steps, scale, unscaled
+from otgen.solvers.steps import Steps, damping, scale, unscaled
 
 if TYPE_CHECKING:
     from otgen.dispatch import Choice
@@ -85,18 +85,14 @@ class Solution:
         return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, **self._launch(transposed))
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
-        """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame.
+        """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame."""
+        _, u, v = self._sides(transposed)
+        return barycentres(self.steps.swapped if transposed else self.steps, u, v)
 
-        The shift of a row cancels in its mean. One half step finds the shift for which its sum is 1, where nothing over- or
-        underflows, whatever the state of the pair; a second sweep gives means and sums, so a map is an exact convex combination,
-        of points without weight too.
-        """
-        cloud, u, v = self._sides(transposed)
-        options = self._launch(transposed)
-        u, _ = ops.sinkhorn_half_step(cloud.x, cloud.y, u, v, cloud.b, cloud.x_sq, **options)
-        values = torch.cat((cloud.y, torch.ones_like(cloud.y[..., :1])), -1)
-        sums = ops.apply_plan(cloud.x, cloud.y, u, v, torch.ones_like(cloud.a), cloud.b, values, **options)
-        return sums[..., :-1] / sums[..., -1:] + cloud.shift
+    def potential_gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n, d): the derivative of each f_i in x_i with all else held, or of g_j in y_j: 2λ·(x_i − T(x)_i), damped by λ."""
+        _, u, v = self._sides(transposed)
+        return potential_gradient(self.steps.swapped if transposed else self.steps, u, v)
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
@@ -129,6 +125,27 @@ class Solution:
         return self.clouds, self.outcome.u, self.outcome.v
 
 
+def barycentres(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
+    """(n, d): the mean of y under each row of the plan of (u, v), in the caller's frame.
+
+    The shift of a row cancels in its mean. One half step finds the shift for which its sum is 1, where nothing over- or underflows,
+    whatever the state of the pair; a second sweep gives means and sums, so a map is an exact convex combination, of points without
+    weight too.
+    """
+    c = steps.clouds
+    u, _ = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **steps.launch)
+    values = torch.cat((c.y, torch.ones_like(c.y[..., :1])), -1)
+    sums = ops.apply_plan(c.x, c.y, u, v, torch.ones_like(c.a), c.b, values, **steps.launch)
+    return sums[..., :-1] / sums[..., -1:] + c.shift
+
+
+def potential_gradient(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
+    """(n, d): the derivative in x_i of the damped update of f from v at x_i, with v and y held: 2λ·(x_i − T(x)_i)."""
+    factor = damping(steps.eps, steps.rho_a)
+    moved = steps.clouds.x + steps.clouds.shift - barycentres(steps, u, v)
+    return 2.0 * (factor[..., None] if isinstance(factor, Tensor) else factor) * moved
+
+
 def _conjugate(potential: Tensor, rho: float) -> Tensor:
     """φ(f) in float64: f, or ρ·(1 − exp(−f/ρ)) for a marginal relaxed with strength ρ."""
     potential = potential.double()
@@ -157,6 +174,17 @@ class Divergence:
         if self.own_a is not None and self.own_b is not None:
             total = total - 0.5 * (self.own_a.dual() + self.own_b.dual()) + 0.5 * self._surplus**2 * self.cross.flat_eps
         return total
+
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """(f, g), or (f − f_aa, g − g_bb) when debiased."""
+        f, g = self.cross.f, self.cross.g
+        return (f if self.own_a is None else f - self.own_a.f), (g if self.own_b is None else g - self.own_b.g)
+
+    def potential_gradient(self, *, transposed: bool = False) -> Tensor:
+        """(n, d), the derivative of each of the first `potentials` in its point, with all else held; (m, d) of the second."""
+        own = self.own_b if transposed else self.own_a
+        cross = self.cross.potential_gradient(transposed=transposed)
+        return cross if own is None else cross - own.potential_gradient(transposed=own is self.own_b)
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d), its derivative in x; (m, d) in y when transposed. Both sides of a self-problem move with it."""
@@ -203,6 +231,30 @@ class DualValue(torch.autograd.Function):
             grads = [_scaled(grad, derivative()).to(tensor.dtype) if needed else None for derivative, needed, tensor in wanted]
         inputs = (grad, *ctx.saved_tensors)
         return None, *(None if value is None else Once.apply(value, *inputs) for value in grads)  # type: ignore[no-untyped-call]
+
+
+class Potentials(torch.autograd.Function):
+    """The potentials, each with the derivative in its own point that GeomLoss gives: of its last update, all else held."""
+
+    @staticmethod
+    def forward(ctx: Any, solution: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.solution = solution
+        ctx.save_for_backward(x, y)
+        f, g = solution.potentials()
+        return f, g
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = []
+        for transposed, (grad, points) in enumerate(zip(grads, ctx.saved_tensors)):
+            if not ctx.needs_input_grad[1 + transposed]:
+                found.append(None)
+                continue
+            with torch.no_grad():
+                slope = ctx.solution.potential_gradient(transposed=bool(transposed))
+                gradient = (grad[..., None] * slope).to(points.dtype)
+            found.append(Once.apply(gradient, grad, points))  # type: ignore[no-untyped-call]
+        return None, *found
 
 
 def _scaled(grad: Tensor, derivative: Tensor) -> Tensor:
