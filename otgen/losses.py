@@ -55,7 +55,8 @@ class SamplesLoss(torch.nn.Module):
 
     tol, max_iter    solve until this marginal error, a share of the mass, or for so many iterations (`otgen.solve_sample`)
     method           "auto": GeomLoss's schedule, or with tol or max_iter what solve_sample takes. "symmetric": the schedule, or
-                     with tol or max_iter averaged updates. "alternating", "anderson": solve_sample's, with its tol and max_iter
+                     with tol or max_iter averaged updates. "alternating", "anderson", "newton": solve_sample's, with its tol and
+                     max_iter
     warm_start       with tol: start from the potentials of the last call, where the shapes are the same
     precision        as in solve_sample
     reach_x, reach_y each marginal its own; `reach` for one left out; a debiased loss with two that differ may be negative

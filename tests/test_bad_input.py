@@ -110,7 +110,7 @@ def test_bad_data_is_refused_in_one_sentence(args, options, message):
     [
         (
             {"method": "alternatin"},
-            "unknown method 'alternatin'; known: alternating, anderson, auto, symmetric. Did you mean 'alternating'?",
+            "unknown method 'alternatin'; known: alternating, anderson, auto, newton, symmetric. Did you mean 'alternating'?",
         ),
         ({"metric": "euclidean"}, "unknown metric 'euclidean'; known: sqeuclidean. Did you mean 'sqeuclidean'?"),
         ({"precision": "tf23"}, "unknown precision 'tf23'; known: auto, bf16"),

@@ -273,3 +273,5 @@ def test_mistakes_are_named(arguments, options, said):
 def test_an_unknown_method_is_named():
     with pytest.raises(UsageError, match="unknown method 'fast'"):
         otgen.solve_sample_batch(X, Y, reg=0.1, method="fast")
+    with pytest.raises(UsageError, match="'newton', which takes one problem"):
+        otgen.solve_sample_batch(X, Y, reg=0.1, method="newton")

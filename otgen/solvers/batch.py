@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from otgen.errors import InputError, unknown
+from otgen.errors import InputError, UsageError, unknown
 from otgen.solvers.batch_inputs import GivenBatch, Side, centre_batch, index_of, numbers, read_batch
 from otgen.solvers.engine import METHODS, Callback, Limits, own, precision_of, solved
 from otgen.solvers.inputs import Clouds
@@ -65,6 +65,8 @@ def solve_sample_batch(
     started = time.perf_counter()
     if method != "auto" and method not in METHODS:
         raise unknown("method", str(method), ["auto", *METHODS])
+    if method == "newton":
+        raise UsageError("expected a method that takes batches; got 'newton', which takes one problem; type method='anderson'")
     if (reg is None) == (blur is None):
         raise InputError(f"expected one of reg and blur; got {'neither' if reg is None else 'both'}; type for example reg=0.1")
     rho_a, rho_b = relaxation(unbalanced, unbalanced_type, reach)

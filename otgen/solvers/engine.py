@@ -19,6 +19,7 @@ from otgen.solvers import sinkhorn
 from otgen.solvers.anderson import per_problem
 from otgen.solvers.annealing import anneal, stages
 from otgen.solvers.kept import KeptSteps, keepable
+from otgen.solvers.newton import newton
 from otgen.solvers.sinkhorn import Outcome, Watch
 from otgen.solvers.solution import Solution
 from otgen.solvers.steps import Steps
@@ -27,7 +28,10 @@ from otgen.solvers.verdict import least_error
 if TYPE_CHECKING:
     from otgen.dispatch import Choice
 
-METHODS = ("alternating", "symmetric", "anderson")
+METHODS = ("alternating", "symmetric", "anderson", "newton")
+
+ANNEALED = ("anderson", "newton")
+"""Methods that need a start in the neighbourhood of the solution, when none was given."""
 
 Callback = Callable[[int, float], object]
 
@@ -66,7 +70,7 @@ def solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limits
     nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
     u, v = steps.scaled(*(pair or nothing))
     done = passes = np.zeros(steps.clouds.a[..., 0].numel(), dtype=int)
-    if method == "anderson" and pair is None:
+    if method in ANNEALED and pair is None:
         stage = anneal(steps, *nothing, stages(steps)[:, : limits.max_iter - 1])
         u, v, done, passes = stage.u, stage.v, stage.n_iters, stage.passes
     outcome, running = None, np.ones(len(done), dtype=bool)
@@ -76,6 +80,8 @@ def solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, limits
         watch = limits.watch(steps, precision_of(choice), done, running)
         if method == "symmetric":
             found = sinkhorn.symmetric(steps, u, v, watch)
+        elif method == "newton":
+            found = newton(steps, u, v, watch)
         else:
             sweeps = KeptSteps.of(steps) if keepable(steps) else steps
             found = sinkhorn.alternating(sweeps, u, v, watch, accelerated=method == "anderson")

@@ -55,7 +55,9 @@ def solve_sample(
     debias           the Sinkhorn divergence, less half of each measure's own cost: OTResult says what changes
     method           "alternating": f, then g from the new f;  "symmetric": both from the old pair and averaged with it, starting
                      from (T_f(0), T_g(0)) and ending with a full step;  "anderson": alternating, its iterates mixed, after stages
-                     of larger reg where the problem is hard (`otgen.solvers.annealing`);  "auto": anderson
+                     of larger reg where the problem is hard (`otgen.solvers.annealing`);  "newton": Newton's method on the
+                     semi-dual, its systems solved by conjugate gradients with two sweeps an iteration (`otgen.solvers.newton`):
+                     fewer sweeps than anderson for tolerances below 1e-5 at small reg;  "auto": anderson
     max_iter, tol    stop after so many updates of the pair, or at a marginal error of at most tol: (Σ|P·1 − a| + Σ|Pᵀ·1 − b|), as
                      a share of the mass (one of the sums is zero but in the symmetric method). For a relaxed marginal a·exp(−f/ρ)
                      stands for a, which it is at the solution. A CPU looks at the error after every update, a GPU after every
