@@ -12,7 +12,6 @@ from otgen.gpus import Gpu
 from otgen.measure import PROTOCOL, Timing, quantile
 from otgen.model import Prediction, predict
 from otgen.problem import Problem, Variant
-from otgen.render import body_digest, source
 from otgen.store import Accuracy, Compiled, Measurement
 from otgen.store import Prediction as StoredPrediction
 from otgen.verify import Accuracy as Check
@@ -24,7 +23,7 @@ class Attempt:
     """A variant of `problem` for `gpu`.
 
     asked     the variant the study asked for;  variant  the one it became: of those that compile alike, the one predicted fastest
-    launches  what the compiler made of it, once known
+    launches  what the compiler made of it, once known;  source_hash  of the source it was given
     times_ms  phase of the store's trial table → milliseconds it took
     """
 
@@ -33,6 +32,7 @@ class Attempt:
     asked: Variant
     variant: Variant
     launches: list[CompiledLaunch] | None = None
+    source_hash: str = ""
     prediction: Prediction | None = None
     times_ms: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ class Attempt:
             return None
         return Compiled(
             key=self.key,
-            source_hash=body_digest(source(self.problem, self.variant)),
+            source_hash=self.source_hash,
             registers=max(launch.registers for launch in self.launches),
             spills=self.spills,
             shared_bytes=max(launch.shared_bytes for launch in self.launches),

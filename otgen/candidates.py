@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -23,7 +23,31 @@ def legal_variants(problem: Problem, gpu: Gpu) -> list[Variant]:
     return [variant for variant in _legal_when_large(replace(problem, n=LARGE, m=LARGE), gpu) if not fits(problem, variant, gpu)]
 
 
+def legal_modes(problem: Problem, gpu: Gpu) -> list[str]:
+    """The precision modes that `legal_variants` holds, without going through them all where the default is legal."""
+    kind = family(problem.family)
+    default, large = kind.default(problem), replace(problem, n=LARGE, m=LARGE)
+
+    def legal(mode: str) -> bool:
+        if not kind.fits(problem, default.with_(precision=mode), gpu):
+            return True
+        return _legal_mode(large, mode, gpu) and any(not kind.fits(problem, variant, gpu) for variant in _space(problem, mode))
+
+    return [mode for mode in map(str, kind.axes(problem)["precision"]) if legal(mode)]
+
+
 LARGE = 1 << 30
+
+
+@lru_cache(maxsize=1024)
+def _legal_mode(problem: Problem, mode: str, gpu: Gpu) -> bool:
+    fits = family(problem.family).fits
+    return any(not fits(problem, variant, gpu) for variant in _space(problem, mode))
+
+
+def _space(problem: Problem, mode: str) -> Iterator[Variant]:
+    axes = {**family(problem.family).axes(problem), "precision": (mode,)}
+    return (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
 
 
 @lru_cache(maxsize=32)

@@ -76,11 +76,15 @@ def _toolchain() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the compiler made of a variant: its launches, or the error that says why there are none; and the seconds it took."""
+    """What the compiler made of a variant: its launches, or the error that says why there are none; and the seconds it took.
+
+    source_hash  `otgen.render.body_digest` of what was compiled; "" beside an error
+    """
 
     launches: list[CompiledLaunch]
     error: CompileError | None
     seconds: float
+    source_hash: str = ""
 
 
 def compile_variant(problem: Problem, variant: Variant, slug: str) -> list[Kernel]:
@@ -97,6 +101,8 @@ def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -
 
     They share one start of the disassembler, and Python's garbage collector stays out of the compiler's way.
     """
+    from otgen.render import body_digest, source
+
     target = gpu(slug)
     built: list[list[Launch] | CompileError] = []
     seconds = []
@@ -119,7 +125,8 @@ def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -
             continue
         own = [next(kernels) for _ in builds]
         try:
-            found.append(Inspection(_launches(problem, variant, target, own), None, took))
+            launches = _launches(problem, variant, target, own)
+            found.append(Inspection(launches, None, took, body_digest(source(problem, variant))))
         except CompileError as error:
             found.append(Inspection([], error, took))
     return found

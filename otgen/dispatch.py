@@ -25,6 +25,7 @@ from otgen import families, gpus
 from otgen.errors import NoValidVariant, StoreError, UsageError, unknown
 from otgen.problem import LARGEST_DIMENSION, Problem, Value, Variant
 from otgen.ranking import Cache, Candidate, centre, ranked, stale
+from otgen.standard import flag_words
 from otgen.store import TuningWarning, Winner, default_path, overlay, read_winners, shipped
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ def reason(choice: Choice) -> str:
 def cure(problem: Problem, gpu: str) -> str:
     """The command that gives `problem` a winner of its own; on a machine with the GPU, a measured one."""
     dtype = "" if problem.dtype == "fp32" else f" --dtype {problem.dtype}"
-    return f"otgen tune --gpu {gpu} --family {problem.family} --shape {problem.shape}{dtype}"
+    flags = "".join(f" --flag {word}" for word in flag_words(problem))
+    return f"otgen tune --gpu {gpu} --family {problem.family} --shape {problem.shape}{dtype}{flags}"
 
 
 _DISPATCHER = Dispatcher()

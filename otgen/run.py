@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from otgen.attempt import Attempt, accuracy_rows, measurement_row
-from otgen.candidates import by_mode, first_variants, in_best_grid, legal_variants, score, siblings
+from otgen.candidates import siblings
 from otgen.compile import inspect_variants
 from otgen.errors import CompileError
 from otgen.families import family
-from otgen.gpus import GPUS, Gpu
+from otgen.gpus import Gpu
 from otgen.measure import measure
+from otgen.mode import Mode, modes_of
 from otgen.pool import Outcome, Pool
-from otgen.precision import MODES
 from otgen.problem import Problem, Variant
 from otgen.resources import template_hash
-from otgen.search import Study
 from otgen.store import RESOLUTION, Accuracy, Measurement, Store, StoredTrial, Trial
 from otgen.verify import failures, interpret
 from otgen.workload import CompiledLaunch
@@ -62,23 +61,6 @@ class Session:
     listener: Callable[[Progress], None]
 
 
-@dataclass(slots=True)
-class _Mode:
-    """The search in one precision mode.
-
-    left       trials of its share yet to start
-    best_us    of the leader: a variant that was checked, or is being checked
-    unchecked  variants that compiled and were slower than the leader of their moment
-    """
-
-    study: Study
-    left: int
-    best_us: float = math.inf
-    leader: Attempt | None = None
-    unchecked: list[Attempt] = field(default_factory=list)
-    rescued: bool = False
-
-
 class Run:
     """The search of `problem`, `max_trials` shared evenly among its precision modes, earlier runs' trials counted in."""
 
@@ -86,24 +68,9 @@ class Run:
         self._problem, self._session = problem, session
         self._same_kernels = family(problem.family).same_kernels
         self.added = self._compiling = 0
-        store, gpu = session.store, session.gpu
-        kin = [entry.slug for entry in GPUS.values() if entry.arch == gpu.arch] or [gpu.slug]
-        relatives = by_mode(store.relatives(problem, kin))
-        legal = by_mode(legal_variants(problem, gpu))
-        self._modes: dict[str, _Mode] = {}
-        for mode, variants in legal.items():
-            share = -(-max_trials // len(legal))
-            alike = [other for other in legal if MODES[other].pace == MODES[mode].pace]
-            turn = alike.index(mode), len(alike)
-            first = first_variants(problem, gpu, variants, relatives.get(mode, []), share, turn)
-            if session.measured:
-                first = [in_best_grid(problem, gpu, variant) for variant in first]
-            else:
-                variants = [variant for variant in variants if self._same_kernels(variant) == variant]
-            study = Study(variants, first, session.sampler, session.seed, score(problem, gpu))
-            self._modes[mode] = _Mode(study, share)
+        self._modes = modes_of(problem, max_trials, session)
         self._passed_over: dict[Variant, float] = {}
-        for past in store.trials(problem, gpu.slug):
+        for past in session.store.trials(problem, session.gpu.slug):
             self._learn(past)
 
     def _learn(self, past: StoredTrial) -> None:
@@ -112,7 +79,7 @@ class Run:
             return  # a prediction is no reason not to measure
         mode.left -= 1
         us = past.us if past.status == "ok" else None
-        mode.study.tell(past.variant if self._session.measured else self._same_kernels(past.variant), us)
+        mode.tell(past.variant if self._session.measured else self._same_kernels(past.variant), us)
         self._passed_over.pop(past.variant, None)
         if us is not None and past.error is not None and past.error <= 1:
             mode.best_us = min(mode.best_us, us)
@@ -168,6 +135,7 @@ class Run:
         known = self._session.store.compiled(attempt.key)
         if known is not None:
             attempt.launches = [CompiledLaunch.from_json(entry) for entry in known.instructions["launches"]]
+            attempt.source_hash = known.source_hash
             self._predict(attempt)
         return known is not None
 
@@ -213,7 +181,7 @@ class Run:
         for attempt, inspection in zip(group, outcome.value):
             attempt.times_ms["compile_ms"] = 1000 * inspection.seconds
             if inspection.error is None:
-                attempt.launches = inspection.launches
+                attempt.launches, attempt.source_hash = inspection.launches, inspection.source_hash
                 self._predict(attempt)
             else:
                 self._finish(attempt, inspection.error.status, str(inspection.error))
@@ -250,13 +218,13 @@ class Run:
             mode.unchecked.append(attempt)
             self._finish(attempt, "ok")
 
-    def _check_next(self, mode: _Mode) -> None:
+    def _check_next(self, mode: Mode) -> None:
         """Checks the best variant that was passed over while a leader stood that has fallen since."""
         best = min(mode.unchecked, key=lambda attempt: attempt.predicted_us)
         mode.unchecked.remove(best)
         self._check(mode, best)
 
-    def _check(self, mode: _Mode, attempt: Attempt) -> None:
+    def _check(self, mode: Mode, attempt: Attempt) -> None:
         if attempt.predicted_us < mode.best_us:
             mode.best_us, mode.leader = attempt.predicted_us, attempt
         known = self._session.store.checked(self._problem, attempt.variant)
@@ -292,7 +260,7 @@ class Run:
             accuracy=accuracy,
         )
         self.added += 1
-        mode.study.tell(attempt.asked, us if status == "ok" else None)
+        mode.tell(attempt.asked, us if status == "ok" else None)
         progress = session.progress
         progress.trials += 1
         progress.done += 1

@@ -12,18 +12,19 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from otgen import __version__
+from otgen.carry import carry
 from otgen.errors import UsageError
-from otgen.families import family
 from otgen.gpus import Gpu
 from otgen.measure import driver_version
 from otgen.pool import Pool, Role
-from otgen.problem import Problem
+from otgen.problem import Problem, Value
 from otgen.run import Progress, Run, Session
+from otgen.standard import combinations
 from otgen.store import Store, StoredTrial, Winner
 from otgen.toolchain import ptxas_version
 
@@ -52,12 +53,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What is known of a problem after its search: winners, all its trials, and how many were added by this run."""
+    """What is known of a problem after its search: winners, and all its trials.
+
+    added  trials of this run;  carried  trials of an earlier template that count on the present one (`otgen.carry`)
+    """
 
     problem: Problem
     winners: Sequence[Winner]
     trials: Sequence[StoredTrial]
     added: int
+    carried: int = 0
 
     @property
     def failures(self) -> Counter[str]:
@@ -66,15 +71,21 @@ class Summary:
 
 
 def standard_problems(
-    families: Sequence[str], shapes: Sequence[tuple[int, int, int]] | None, dtypes: Sequence[str]
+    families: Sequence[str],
+    shapes: Sequence[tuple[int, int, int]] | None,
+    dtypes: Sequence[str],
+    flags: Mapping[str, Value] | None = None,
 ) -> list[Problem]:
-    """The problems of `families` at `shapes` (None: the standard set), every standard combination of flags."""
+    """The problems of `families` at `shapes` (None: the standard set), every standard combination of flags.
+
+    flags  set besides, see `otgen.standard.combinations`. Raises UsageError for one that a family does not have.
+    """
     every = shapes or [(n, n, d) for d in STANDARD_DIMENSIONS for n in STANDARD_SIZES]
     return [
-        family(name).problem(n, m, d, dtype, **flags)
+        replace(problem, dtype=dtype)
         for n, m, d in every
         for name in families
-        for flags in family(name).standard(d)
+        for problem in combinations(name, n, m, d, dtypes[0], flags or {})
         for dtype in dtypes
     ]
 
@@ -84,12 +95,15 @@ def tune(
 ) -> Iterator[Summary]:
     """Tunes `problems` one after the other, yielding a summary of each; stops early when the budget is spent.
 
+    What an earlier template taught is carried over first, wherever the present one renders to the same source.
+
     A KeyboardInterrupt passes through, after the winners of the present problem are decided.
     """
     deadline = math.inf if settings.budget is None else time.monotonic() + settings.budget
+    environment = store.environment(_environment(gpu, settings.measured))
+    carried = carry(problems, gpu, store)
     with tempfile.TemporaryDirectory(prefix="otgen-triton-") as cache, Pool(**_roles(settings, cache)) as pool:
         progress = Progress(problems[0], total=settings.max_trials * len(problems))
-        environment = store.environment(_environment(gpu, settings.measured))
         chosen = (settings.measured, settings.jobs, settings.sampler, settings.seed)
         session = Session(gpu, store, pool, environment, *chosen, progress, listener)
         for number, problem in enumerate(problems):
@@ -100,7 +114,7 @@ def tune(
                 run.search(deadline)
             finally:
                 winners = store.decide(problem, gpu.slug)
-            yield Summary(problem, winners, store.trials(problem, gpu.slug), run.added)
+            yield Summary(problem, winners, store.trials(problem, gpu.slug), run.added, carried[problem])
             if time.monotonic() >= deadline:
                 return
 

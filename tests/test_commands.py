@@ -21,8 +21,11 @@ from click.testing import CliRunner
 
 from otgen.cli import COMMANDS, main, otgen
 from otgen.cli.tune import _report, _Voice
+from otgen.compile import compile_key
 from otgen.dispatch import Dispatcher
 from otgen.families import family
+from otgen.gpus import gpu
+from otgen.render import body_digest, source
 from otgen.store import Store, StoredTrial, Winner
 from otgen.tuner import Summary
 
@@ -82,6 +85,13 @@ def test_every_command_of_the_readme_exists() -> None:
         (["tune", "--gpu", "a100", "--family", "sinkhorns"], 2, "Did you mean 'sinkhorn'?"),
         (["tune", "--gpu", "a100", "--dtype", "fp32,int8"], 2, "unknown dtype 'int8'"),
         (["tune", "--gpu", "a100", "--shape", "1x2"], 2, "write for example 4096x4096x64"),
+        (["tune", "--gpu", "a100", "--flag", "symmetric"], 2, "expected name=value; got 'symmetric'"),
+        (["tune", "--gpu", "a100", "--family", "hvp", "--flag", "batch=2"], 2, "unknown flag of hvp 'batch'; known: product"),
+        (
+            ["tune", "--gpu", "a100", "--family", "sinkhorn", "--flag", "schedule=odd"],
+            2,
+            "unknown value of sinkhorn's flag schedule",
+        ),
         (["tune", "--gpu", "auto"], 1, "torch sees none"),
         (
             ["compile", "--gpu", "h100", "--family", "hvp", "--shape", "8x8x8", "--emit", "hsaco", "--out", "x"],
@@ -171,6 +181,27 @@ def test_a_budget_too_short_for_anything(tmp_path: Path, capsys: pytest.CaptureF
     assert "type a longer one" in err
 
 
+def test_a_flag_chooses_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "tune",
+        "--gpu",
+        "a100",
+        "--family",
+        "sinkhorn",
+        "--shape",
+        "64x64x3",
+        "--budget",
+        "0.001s",
+        "--db",
+        str(tmp_path / "t.db"),
+    ]
+    _, out, _ = run(*words, capsys=capsys)
+    assert "2 problems for a100" in out
+    _, out, _ = run(*words, "--flag", "schedule=symmetric", capsys=capsys)
+    assert "1 problems for a100" in out
+    assert "sinkhorn[schedule=symmetric]" in out
+
+
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
     """SIGINT in the middle of a real run: 130, what was finished is stored, the printed command goes on with the rest."""
     db = tmp_path / "tuning.db"
@@ -220,9 +251,11 @@ def test_measured_and_predicted_times_share_no_list(capsys: pytest.CaptureFixtur
         chosen = variant.with_(precision=precision)
         return Winner(problem, "a100", precision, evidence, chosen, predicted, measured, 64, 0, 1024, "hash", 1, path)
 
-    found = Summary(problem, [winner("bf16", 1.0, None), winner("tf32", 4.0, 20.0)], [trial(2, 1.0, None), trial(4, 4.0, 20.0)], 2)
+    trials = [trial(2, 1.0, None), trial(4, 4.0, 20.0)]
+    found = Summary(problem, [winner("bf16", 1.0, None), winner("tf32", 4.0, 20.0)], trials, 1, carried=1)
     _report(_Voice(False), [found], [problem], path)
     out = capsys.readouterr().out
+    assert "1 trials run, 2 known for these problems; not ok: none failed.\n  1 of them carried over" in out
     assert "the best 1 of 1 measured" in out
     assert "20.0 µs  100.0 % of best" in out
     assert " 1.0 µs" not in out
@@ -282,8 +315,12 @@ def test_tune_show_why_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 0
     assert sorted(json.loads(out), key=str) == sorted(winners, key=str)
     with Store.open(db, readonly=True) as store:
-        problem = store.winners()[0].problem
-        assert len(store.trials(problem, "a100")) <= 12
+        alternating = [winner for winner in store.winners() if winner.problem.flag("schedule") == "alternating"]
+        assert len(store.trials(alternating[0].problem, "a100")) <= 12
+        for winner in alternating:
+            binary = store.compiled(compile_key(winner.problem, winner.variant, gpu("a100")))
+            assert binary is not None
+            assert binary.source_hash == body_digest(source(winner.problem, winner.variant))
 
     code, out, _ = run(
         "why", "sinkhorn", "256x256x16", "schedule=symmetric", "--gpu", "a100", "--precision", "tf32", "--db", db, capsys=capsys

@@ -6,12 +6,14 @@ import math
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from otgen.candidates import score, siblings
+from otgen.attempt import Attempt
+from otgen.candidates import by_mode, legal_modes, legal_variants, score, siblings
 from otgen.compile import Inspection
 from otgen.errors import CompileError
 from otgen.families import family
@@ -21,6 +23,7 @@ from otgen.measure import Timing
 from otgen.model import predict
 from otgen.pool import Outcome
 from otgen.problem import Problem, Variant
+from otgen.render import body_digest, source
 from otgen.run import Progress, Run, Session
 from otgen.store import RESOLUTION, Store, Winner
 from otgen.verify import Accuracy
@@ -63,24 +66,25 @@ class Bench:
         role, key = self._queue.pop(0)
         answer = self._answers[role]
         assert answer is not None
-        value = [self._inspected(answer, attempt.variant) for attempt in key] if role == "compile" else answer(key.variant)
+        value = [self._inspected(answer, attempt) for attempt in key] if role == "compile" else answer(key.variant)
         lost = next((entry for entry in (value if role == "compile" else [value]) if isinstance(entry, Outcome)), None)
         return replace(lost, key=key) if lost else Outcome(key, "ok", value=value, seconds=0.1)
 
     @staticmethod
-    def _inspected(answer: Callable[[Variant], Any], variant: Variant) -> Any:
+    def _inspected(answer: Callable[[Variant], Any], attempt: Attempt) -> Any:
         try:
-            launches = answer(variant)
+            launches = answer(attempt.variant)
         except CompileError as error:
             return Inspection([], error, 0.1)
-        return launches if isinstance(launches, Outcome) else Inspection(launches, None, 0.1)
+        digest = body_digest(source(attempt.problem, attempt.variant))
+        return launches if isinstance(launches, Outcome) else Inspection(launches, None, 0.1, digest)
 
 
 def search(
     path: Path, bench: Bench, max_trials: int = 5 * MODES, measured: bool = False, problem: Problem = PROBLEM
 ) -> tuple[list[Winner], Store, Run]:
     store = Store.open(path / "tuning.db")
-    environment = store.environment({"gpu": "a100"})
+    environment = store.environment({"gpu": "a100", "triton": version("triton")})
     session = Session(A100, store, bench, environment, measured, 2, "tpe", 0, Progress(problem), lambda progress: None)  # type: ignore[arg-type]
     run = Run(problem, max_trials, session)
     run.search(math.inf)
@@ -111,6 +115,37 @@ def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     third = Bench()
     _, _, run = search(tmp_path, third, 5 * MODES)
     assert (run.added, third.asked) == (0, [])
+
+
+def test_a_run_with_nothing_left_to_try_enumerates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    winners, _, _ = search(tmp_path, Bench(), MODES)
+    enumerated: list[Problem] = []
+    monkeypatch.setattr(
+        "otgen.mode.legal_variants", lambda problem, gpu: enumerated.append(problem) or legal_variants(problem, gpu)
+    )
+    again, _, run = search(tmp_path, Bench(), MODES)
+    assert (run.added, enumerated) == (0, [])
+    assert again == winners
+    search(tmp_path, Bench(), 2 * MODES)
+    assert enumerated == [PROBLEM], "once for all modes"
+
+
+@pytest.mark.parametrize("slug", ["a100", "mi300x"])
+def test_the_modes_of_a_problem_are_known_without_enumerating_it(slug: str) -> None:
+    for name, n, d, dtype, flags in (
+        ("sinkhorn", 4096, 64, "fp32", {"schedule": "symmetric"}),
+        ("sinkhorn", 4, 3, "bf16", {}),
+        ("transport", 64, 16, "fp32", {"output": "matrix", "width": 16}),
+    ):
+        problem = family(name).problem(n, n, d, dtype, **flags)
+        assert sorted(legal_modes(problem, gpu(slug))) == sorted(by_mode(legal_variants(problem, gpu(slug))))
+
+
+def test_the_digest_of_the_source_comes_from_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_run.body_digest", lambda text: "from its own")
+    _, store, _ = search(tmp_path, Bench(), MODES)
+    with sqlite3.connect(store.path) as connection:
+        assert set(connection.execute("SELECT source_hash FROM compile")) == {("from its own",)}
 
 
 def test_a_run_that_goes_on_checks_what_was_passed_over_and_could_win(tmp_path: Path) -> None:

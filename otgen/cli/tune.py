@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from otgen.cli.arguments import assignment
 from otgen.errors import NoValidVariant, OtgenError, UsageError, unknown
 from otgen.families import FAMILIES, family
 from otgen.gpus import Gpu, detect, gpu
@@ -26,6 +27,9 @@ TOP = 10
 @click.option("--gpu", "slug", required=True, metavar="SLUG|auto", help="The GPU to tune for; auto: the one in this machine.")
 @click.option("--family", "families", multiple=True, metavar="NAME", help="A family to tune; all of them by default.")
 @click.option("--shape", "shapes", multiple=True, metavar="NxMxD", help="A shape to tune; the standard set by default.")
+@click.option(
+    "--flag", "words", multiple=True, metavar="NAME=VALUE", help="A flag of the problems; each standard choice by default."
+)
 @click.option("--dtype", default="fp32", show_default=True, metavar="TYPE,...", help="Storage types of the coordinates.")
 @click.option(
     "--max-trials", default=30, show_default=True, type=click.IntRange(1), help="Variants per problem, earlier ones counted in."
@@ -40,6 +44,7 @@ def tune(
     slug: str,
     families: tuple[str, ...],
     shapes: tuple[str, ...],
+    words: tuple[str, ...],
     dtype: str,
     max_trials: int,
     budget: str | None,
@@ -61,6 +66,7 @@ def tune(
         if word not in DTYPES:
             raise unknown("dtype", word, DTYPES)
     parsed = [parse_shape(shape) for shape in shapes]
+    flags = dict(assignment(word) for word in words)
     seconds = _seconds(budget) if budget else None
     target = detect() if slug == "auto" else gpu(slug)
 
@@ -75,7 +81,7 @@ def tune(
     settings = Settings(max_trials, seconds, sampler, seed, measured=slug == "auto" or _is_here(target))
     if jobs:
         settings = replace(settings, jobs=jobs)
-    problems = standard_problems(families or tuple(FAMILIES), parsed or None, dtypes)
+    problems = standard_problems(families or tuple(FAMILIES), parsed or None, dtypes, flags)
     path = path or default_path()
     cache_is_writable()
     say = _Voice(as_json)
@@ -153,6 +159,9 @@ def _report(say: _Voice, summaries: list[Summary], problems: list[Any], path: Pa
             failed[status] = failed.get(status, 0) + count
     counts = ", ".join(f"{count} {status}" for status, count in sorted(failed.items())) or "none failed"
     say(f"{added} trials run, {total} known for these problems; not ok: {counts}.")
+    carried = sum(summary.carried for summary in summaries)
+    if carried:
+        say(f"  {carried} of them carried over from an earlier template that renders to the same source.")
     for status, message in _examples(summaries).items():
         say(f"  {status}, for example: {message}")
     if len(summaries) < len(problems):

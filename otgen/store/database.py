@@ -15,9 +15,20 @@ from typing import Any
 from otgen.errors import StoreError, unknown
 from otgen.problem import Problem, Variant
 from otgen.resources import template_hash
+from otgen.store.again import OUTDATED, insert_again
 from otgen.store.connect import connect, errors_of, transaction
 from otgen.store.decide import best_of
-from otgen.store.records import ENVIRONMENT, Accuracy, Compiled, Measurement, Prediction, StoredTrial, Trial, Winner
+from otgen.store.records import (
+    ENVIRONMENT,
+    Accuracy,
+    Compiled,
+    Measurement,
+    PastTrial,
+    Prediction,
+    StoredTrial,
+    Trial,
+    Winner,
+)
 from otgen.store.winners import select
 
 _KEY = "gpu = :gpu AND family = :family AND n = :n AND m = :m AND d = :d AND dtype = :dtype AND flags = :flags"
@@ -179,31 +190,48 @@ class Store:
 
         A mode that was tuned on an earlier template only keeps its old winner, whose template_hash tells.
         """
-        key = _key(problem, gpu)
-        current = template_hash(problem.family)
+        key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
         with self._transaction():
-            self._connection.execute(
-                f"DELETE FROM winner WHERE {_KEY} AND template_hash = :template_hash", key | {"template_hash": current}
-            )
-            for precision, trial in best_of(self.trials(problem, gpu)).items():
-                row = key | {
-                    "precision": precision,
-                    "evidence": "predicted" if trial.measured_us is None else "measured",
-                    "variant": trial.variant.json,
-                    "template_hash": current,
-                    "predicted_us": trial.predicted_us,
-                    "measured_us": trial.measured_us,
-                    "trial": trial.id,
-                }
-                self._insert("winner", row, conflict="REPLACE")
-        return [
-            winner for winner in self.winners(gpu, problem.family) if winner.problem == problem and winner.template_hash == current
-        ]
+            self._decide(problem, gpu, key)
+        with errors_of(self.path):
+            return select(self._connection, self.path, key)
+
+    def _decide(self, problem: Problem, gpu: str, key: Mapping[str, Any]) -> None:
+        self._connection.execute(f"DELETE FROM winner WHERE {_KEY} AND template_hash = :template_hash", key)
+        for precision, trial in best_of(self.trials(problem, gpu)).items():
+            row = {
+                "precision": precision,
+                "evidence": "predicted" if trial.measured_us is None else "measured",
+                "variant": trial.variant.json,
+                "predicted_us": trial.predicted_us,
+                "measured_us": trial.measured_us,
+                "trial": trial.id,
+            }
+            self._insert("winner", {**key, **row}, conflict="REPLACE")
+
+    def outdated(self, problem: Problem, gpu: str) -> list[PastTrial]:
+        """The compiled trials on the templates of a problem's stale winners, oldest first; no variant tried on the present one."""
+        rows = self._query(OUTDATED, _key(problem, gpu) | {"template_hash": template_hash(problem.family)})
+        return [PastTrial(row[0], Variant(json.loads(row[1])), *row[2:]) for row in rows]
+
+    def carry(self, gpu: str, trials: Mapping[Problem, Mapping[PastTrial, str | None]]) -> None:
+        """Insert trials of earlier templates as ones of the present, and decide their problems anew: all of it or nothing.
+
+        trials  those of each problem → the key of its binary on the present template, None to leave it the compile row it has;
+                one that is not `outdated` any more, because another process was faster, is left out
+        """
+        with self._transaction():
+            for problem, keys in trials.items():
+                key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
+                for trial in self.outdated(problem, gpu):
+                    if trial in keys:
+                        insert_again(self._connection, trial, keys[trial], key["template_hash"])
+                self._decide(problem, gpu, key)
 
     def winners(self, gpu: str | None = None, family: str | None = None) -> list[Winner]:
         """The winners of this file, stale ones among them, ordered by GPU, problem and time."""
         with errors_of(self.path):
-            return select(self._connection, self.path, gpu=gpu, family=family)
+            return select(self._connection, self.path, {"gpu": gpu, "family": family})
 
     def snapshot(self, path: Path | str, *, winners_of: str | None = None) -> None:
         """Write a compact copy that can be shipped and opened from read-only media; an old file at `path` is replaced at once.

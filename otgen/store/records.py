@@ -129,6 +129,21 @@ class StoredTrial:
 
 
 @dataclass(frozen=True, slots=True)
+class PastTrial:
+    """A trial on an earlier template: what tells whether it holds on the present one.
+
+    compile, source_hash  the id of its compile row, and the digest of the source that was compiled
+    triton                the version it was compiled with
+    """
+
+    id: int
+    variant: Variant
+    compile: int
+    source_hash: str
+    triton: str
+
+
+@dataclass(frozen=True, slots=True)
 class Winner:
     """The best variant known for a problem on a GPU in one precision mode, and what that rests on.
 

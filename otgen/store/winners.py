@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _SELECT = """
 SELECT w.family, w.gpu, w.n, w.m, w.d, w.dtype, w.flags, w.precision, w.evidence, w.variant, w.predicted_us, w.measured_us,
        w.template_hash, w.trial, c.registers, c.spills, c.shared_bytes
 FROM winner w LEFT JOIN trial t ON t.id = w.trial LEFT JOIN compile c ON c.id = t.compile
-WHERE (:gpu IS NULL OR w.gpu = :gpu) AND (:family IS NULL OR w.family = :family)
+WHERE {match}
 ORDER BY w.gpu, w.family, w.flags, w.dtype, w.n, w.m, w.d, coalesce(w.measured_us, w.predicted_us), w.precision
 """
 
@@ -42,20 +42,17 @@ def read_winners(
     Raises StoreError when the file cannot be read.
     """
     with errors_of(path), closing(connect(path, readonly=True)) as connection:
-        return select(connection, path, gpu=gpu, family=family, complain=complain)
+        return select(connection, path, {"gpu": gpu, "family": family}, complain)
 
 
 def select(
-    connection: sqlite3.Connection,
-    path: Path,
-    *,
-    gpu: str | None = None,
-    family: str | None = None,
-    complain: Callable[[str], None] = _warn,
+    connection: sqlite3.Connection, path: Path, match: Mapping[str, Any], complain: Callable[[str], None] = _warn
 ) -> list[Winner]:
-    """The winners that an open connection to `path` gives."""
+    """The winners that an open connection to `path` gives; match: column → the value it must have, None for any."""
     winners = []
-    for row in connection.execute(_SELECT, {"gpu": gpu, "family": family}):
+    wanted = {column: value for column, value in match.items() if value is not None}
+    where = " AND ".join(f"w.{column} = :{column}" for column in wanted) or "TRUE"
+    for row in connection.execute(_SELECT.format(match=where), wanted):
         try:
             winners.append(_winner(row, path))
         except (ValueError, TypeError) as error:
