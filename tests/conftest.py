@@ -32,8 +32,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The PyTorch path, on one thread: tests may run side by side."""
+    """The PyTorch path, on one thread: tests may run side by side.
+
+    Triton comes in while its interpreter is on: imported without, it could not have it later.
+    """
     import torch
+    import triton  # noqa: F401
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     threads = torch.get_num_threads()

@@ -213,7 +213,7 @@ def part_of(solution: Solution, i: int, n: int, m: int) -> Solution:
         c.x_sq[i, :n],
         c.y_sq[i, :m],
         c.shift[i, 0],
-        float(c.mass[i]),
+        (float(c.masses[0][i]), float(c.masses[1][i])),
         float(c.radius[i]),
         float(c.reach[i]),
     )

@@ -110,8 +110,8 @@ def centre_batch(given: GivenBatch, *, balanced: bool = True) -> Clouds:
     masses = [w.sum(1, dtype=torch.float64) for w in (a, b)]
     facts = torch.stack([largest.double(), weighted.double(), a.amin(1).double(), b.amin(1).double(), *masses]).cpu().numpy()
     _refuse(facts, given, balanced)
-    mass, radius, reach = (values[:, None].to(dtype) for values in ((masses[0] + masses[1]) / 2, largest.sqrt(), weighted.sqrt()))
-    return Clouds(x, y, a, b, x_sq, y_sq, shift, mass, radius, reach, (given.x.counts, given.y.counts))
+    a_mass, b_mass, radius, reach = (values[:, None].to(dtype) for values in (*masses, largest.sqrt(), weighted.sqrt()))
+    return Clouds(x, y, a, b, x_sq, y_sq, shift, (a_mass, b_mass), radius, reach, (given.x.counts, given.y.counts))
 
 
 def _refuse(facts: np.ndarray, given: GivenBatch, balanced: bool) -> None:

@@ -46,7 +46,7 @@ class Limits:
 
     def watch(self, steps: Steps, precision: str, done: np.ndarray, running: np.ndarray | None = None) -> Watch:
         """Over what remains after `done` iterations (problems,), of the problems `running`: all of them unless given."""
-        least = least_error(steps.clouds, steps.eps, precision)
+        least = least_error(steps.clouds, steps.eps, precision, min(steps.rho_a, steps.rho_b))
         spare, before = np.maximum(1, self.max_iter - done), int(done.max())
         running = np.ones(len(done), dtype=bool) if running is None else running
         interval = sinkhorn.interval(steps.clouds.x)

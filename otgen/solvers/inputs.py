@@ -62,7 +62,7 @@ class Clouds:
     """What the kernels take: float32 (float64 for float64 points), contiguous, `shift` subtracted from all points.
 
     x, y        (n, d), (m, d) centred points;  x_sq, y_sq  their squared norms
-    a, b        (n,), (m,) weights, never the caller's own tensors;  mass  the total weight of a side, the mean of both
+    a, b        (n,), (m,) weights, never the caller's own tensors;  masses  their sums;  mass  the mean of both
     shift       (d,) mean of both clouds, one vote for each point
     radius      largest norm of a centred point;  reach  the same over points of positive weight
     extents     None. A batch has an axis of problems ahead of all others: numbers are tensors (batch, 1), `shift` (batch, 1, d),
@@ -76,7 +76,7 @@ class Clouds:
     x_sq: Tensor
     y_sq: Tensor
     shift: Tensor
-    mass: Any
+    masses: tuple[Any, Any]
     radius: Any
     reach: Any
     extents: Extents | None = None
@@ -84,16 +84,20 @@ class Clouds:
     @cached_property
     def swapped(self) -> Clouds:
         extents = self.extents and self.extents[::-1]
-        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, self.mass, self.radius, self.reach, extents)
+        masses = self.masses[::-1]
+        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, masses, self.radius, self.reach, extents)
 
     @cached_property
     def own(self) -> Clouds:
         """The problem of the first side with itself."""
         x, a, x_sq = self.x, self.a, self.x_sq
-        total = a.sum(-1, keepdim=True, dtype=torch.float64)
-        mass = float(total) if self.extents is None else total.to(a.dtype)
+        masses = self.masses[0], self.masses[0]
         extents = self.extents and (self.extents[0], self.extents[0])
-        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, mass, self.radius, self.reach, extents)
+        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, masses, self.radius, self.reach, extents)
+
+    @property
+    def mass(self) -> Any:
+        return (self.masses[0] + self.masses[1]) / 2
 
     @cached_property
     def awake(self) -> Tensor | None:
@@ -173,7 +177,7 @@ def centre(given: Given, *, balanced: bool = True) -> Clouds:
             f"expected equal masses; got sum(a) = {a_mass:.9g} and sum(b) = {b_mass:.9g}; "
             "type a / a.sum() and b / b.sum() to normalise both, or unbalanced=1.0 to let the masses differ at a price"
         )
-    return Clouds(x, y, a, b, x_sq, y_sq, shift, (a_mass + b_mass) / 2, math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
+    return Clouds(x, y, a, b, x_sq, y_sq, shift, (a_mass, b_mass), math.sqrt(max(x_most, y_most)), math.sqrt(reach_sq))
 
 
 def as_tensor(name: str, value: Any, numpy: bool) -> Tensor:

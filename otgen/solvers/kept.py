@@ -98,4 +98,4 @@ def _updated(steps: Steps, u: Tensor, rho: Tensor, step: float) -> tuple[Tensor,
     """u after the update that these row sums make, and the sums."""
     out, real = torch.empty_like(u), steps.clouds.real
     chunked.update(u, rho.log2(), steps.clouds.x_sq, scale(steps.eps), damping(steps.eps, steps.rho_a), step, out)
-    return (out if real is None else torch.where(real, out, u)), rho
+    return steps.lowered(out if real is None else torch.where(real, out, u), step), rho

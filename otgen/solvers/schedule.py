@@ -28,7 +28,7 @@ from otgen.errors import UsageError
 from otgen.precision import LOG2_E
 from otgen.solvers.sinkhorn import Outcome
 from otgen.solvers.solution import Divergence, Solution, potential_gradient
-from otgen.solvers.steps import Steps, unscaled
+from otgen.solvers.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class End:
     @property
     def f(self) -> Tensor:
         """(n,) potential in units of the cost."""
-        return unscaled(self.u, self.steps.clouds.x_sq, self.steps.eps)
+        return self.steps.potential(self.u)
 
     def linear(self) -> Tensor:
         """<a, φ_a(f)>, float64 (…,)."""

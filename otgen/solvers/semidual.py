@@ -20,7 +20,7 @@ from otgen.errors import InputError, UsageError
 from otgen.solvers.inputs import Given, as_tensor, require_alike, working_dtype
 from otgen.solvers.plan import largest
 from otgen.solvers.solution import Once, Solution
-from otgen.solvers.steps import Steps, damping, unscaled
+from otgen.solvers.steps import Steps, damping
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class _Potential(torch.autograd.Function):
         ctx.save_for_backward(points)
         outside = _outside(solution, points, transposed)
         u, _ = outside.steps.rows(outside.outcome.u, outside.outcome.v)
-        return unscaled(u, outside.clouds.x_sq, outside.eps)
+        return outside.steps.potential(u)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -15,7 +15,7 @@ from otgen.chunked import exponentials
 from otgen.errors import UsageError
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
-from otgen.solvers.steps import Steps, damping, scale, unscaled
+from otgen.solvers.steps import Steps, damping, scale
 
 if TYPE_CHECKING:
     from otgen.dispatch import Choice
@@ -57,11 +57,11 @@ class Solution:
     @property
     def f(self) -> Tensor:
         """(n,) potential in units of the cost."""
-        return unscaled(self.outcome.u, self.clouds.x_sq, self.eps)
+        return self.steps.potential(self.outcome.u)
 
     @property
     def g(self) -> Tensor:
-        return unscaled(self.outcome.v, self.clouds.y_sq, self.eps)
+        return self.steps.swapped.potential(self.outcome.v)
 
     def dual(self) -> Tensor:
         """<a, φ_a(f)> + <b, φ_b(g)> − eps·Σ(P − a⊗b), float64 (…,); φ(f) = f, or ρ·(1 − exp(−f/ρ)) for a relaxed marginal."""

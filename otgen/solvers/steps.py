@@ -4,6 +4,9 @@ Scaled potentials u, v and their sums are those of `otgen.families.sinkhorn`. A 
 miss its weights at the price ρ·KL(P·1 | a): then its update is damped by ρ/(ρ + eps), and at the solution it is a·exp(−f/ρ) instead
 of a (Chizat, Peyré, Schmitzer and Vialard 2018; Séjourné, Feydy, Vialard, Trouvé and Peyré 2019). ρ = ∞ is the balanced case.
 
+Of unequal masses under a large ρ, f and −g share a constant, `Steps.lift`, that may be far larger than the range of the scores. It
+cancels in all of them, so the scaled potentials are kept without it: u stands for f − lift, v for g + lift.
+
 Everything here takes one problem, whose vectors are (n,), or a batch of them: vectors (batch, n) and numbers (batch, 1).
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,7 +89,21 @@ class Steps:
 
     def scaled(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """(u, v) of potentials in units of the cost."""
-        return scaled(f, self.clouds.x_sq, self.eps), scaled(g, self.clouds.y_sq, self.eps)
+        return scaled(f - self.lift, self.clouds.x_sq, self.eps), scaled(g + self.lift, self.clouds.y_sq, self.eps)
+
+    def potential(self, u: Tensor) -> Tensor:
+        """f (n,) in units of the cost."""
+        potential: Tensor = unscaled(u, self.clouds.x_sq, self.eps) + self.lift
+        return potential
+
+    @cached_property
+    def lift(self) -> Any:
+        """A constant near the one that f and −g share, in units of the cost: the best t of `translated` for f = g = 0."""
+        if self.balanced:
+            return 0.0
+        mass, other = self.clouds.masses
+        ratio = (mass / other).log() if isinstance(mass, Tensor) else math.log(mass / other)
+        return ratio / (1.0 / self.rho_a + 1.0 / self.rho_b)
 
     @property
     def sweeps(self) -> int:
@@ -97,7 +115,15 @@ class Steps:
         """The update of u from v, and the row sums of the pair that came in."""
         c = self.clouds
         options: dict[str, Any] = {"damping": damping(self.eps, self.rho_a), "step": step}
-        return ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **options, **self.launch)
+        out, rho = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **options, **self.launch)
+        return self.lowered(out, step), rho
+
+    def lowered(self, u: Tensor, step: float) -> Tensor:
+        """What an update leaves of u: damping, of which kernels know nothing but that it shrinks f, has shrunk `lift` with it."""
+        if math.isinf(self.rho_a) or (isinstance(self.lift, float) and self.lift == 0.0):
+            return u
+        lowered: Tensor = u - step * (1.0 - damping(self.eps, self.rho_a)) * kappa(self.eps) * self.lift
+        return lowered if self.clouds.real is None else torch.where(self.clouds.real, lowered, u)
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of v from u, and the column sums of the pair that came in."""
@@ -107,7 +133,8 @@ class Steps:
         """Both updates from the old pair, and its row and column sums."""
         c = self.clouds
         both: dict[str, Any] = {"damping_a": damping(self.eps, self.rho_a), "damping_b": damping(self.eps, self.rho_b)}
-        return ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **both, **self.launch)
+        u, v, rho, gamma = ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **both, **self.launch)
+        return self.lowered(u, step), self.swapped.lowered(v, step), rho, gamma
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -119,7 +146,7 @@ class Steps:
         a = self.clouds.a
         if math.isinf(self.rho_a):
             return a
-        return torch.where(a > 0, a * torch.exp(-unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a), 0.0)
+        return torch.where(a > 0, a * torch.exp(-self.potential(u) / self.rho_a), 0.0)
 
     def row_miss(self, u: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
         """The row marginal r = a·rho, with exact zeros where there is no weight; (…, 1) Σ|r − target| as a share of the mass."""
@@ -140,7 +167,7 @@ class Steps:
 
     def _log_target_mass(self, u: Tensor) -> Tensor:
         """log <a, exp(−f/ρ_a)>."""
-        exponents = -unscaled(u, self.clouds.x_sq, self.eps) / self.rho_a
+        exponents = -self.potential(u) / self.rho_a
         return torch.logsumexp(exponents + self.clouds.a.log(), -1, keepdim=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ ONE_POINT = 2.0**-20
 """Reach of the clouds, per distance to the origin, that the rounding of float32 coordinates explains."""
 
 
-def least_error(clouds: Clouds, eps: Any, mode: str) -> Any:
-    """The least marginal error that rounding allows: of the scores, by the rule of `otgen.precision`, and of the sums.
+def least_error(clouds: Clouds, eps: Any, mode: str, rho: float = math.inf) -> Any:
+    """The least marginal error that rounding allows: of the scores, by the rule of `otgen.precision`, of the sums, and of the
+    targets a·exp(−f/ρ) of a relaxed marginal.
 
-    A number, or of a batch an array (batch,).
+    rho  the smaller strength. A number, or of a batch an array (batch,).
     """
     scores: Any = floor(mode, clouds.reach, eps)
     if clouds.x.dtype == torch.float64:
         scores = scores * 2.0**-29  # 53 bits where the rule's "ieee" has 24
+    scores = scores + torch.finfo(clouds.x.dtype).eps * clouds.reach**2 / rho
     if isinstance(scores, torch.Tensor):
         scores = scores[:, 0].cpu().double().numpy()
     return np.maximum(scores, torch.finfo(clouds.x.dtype).eps)
