@@ -17,6 +17,7 @@ from otgen.solvers.batch import BatchResult, batch_modes, solve_sample_batch
 from otgen.solvers.batch_inputs import GivenBatch, centre_batch
 from otgen.solvers.engine import METHODS
 from otgen.solvers.inputs import centre
+from otgen.solvers.labels import labelled
 from otgen.solvers.options import count_of, positive, precision_modes, tolerance
 from otgen.solvers.problems import Problem, Solved, count, problem_of, renamed
 from otgen.solvers.result import ConvergenceWarning, OTResult
@@ -68,7 +69,10 @@ class SamplesLoss(torch.nn.Module):
     last_extrapolation   False: leave out the full update at the end
     threshold, inner_iterations  stop when no potential changed by `threshold`, in units of C, between two checks, made after every
                      `inner_iterations`-th update at the last eps; a ConvergenceWarning when that did not come about
-    allow_tf32       False: precision="fp32" for float32 points;  label_cost_matrix, lambda_x, lambda_y  not implemented yet
+    allow_tf32       False: precision="fp32" for float32 points
+    label_cost_matrix, lambda_x, lambda_y    W (classes, classes), symmetric: C = s·(lambda_x·|x − y|² + lambda_y·W[k, l]) for
+                     points of classes k and l, given at the call as integers label_x (n,) and label_y (m,), or (B, n) and (B, m);
+                     s is half_cost's. Without W, or with lambda_y = 0, there are no labels
 
     Without tol, max_iter or a method, the number is GeomLoss's, converged or not: <a, f_ab − f_aa> + <b, g_ab − g_bb>, relaxed
     (ρ + eps/2)·<a, exp(−f_aa/ρ) − exp(−f_ab/ρ)> and likewise in b. `last_result.marginal_error` says how far the plan is from its
@@ -80,7 +84,7 @@ class SamplesLoss(torch.nn.Module):
     saved with the module.
 
     Attributes may be changed between calls. Raises UsageError for options, InputError for data (both are ValueErrors) that make no
-    problem, NotImplementedError for label costs.
+    problem.
     """
 
     def __init__(
@@ -121,8 +125,7 @@ class SamplesLoss(torch.nn.Module):
         lambda_y: float = 0.0,
     ) -> None:
         super().__init__()
-        if label_cost_matrix is not None or lambda_x != 1.0 or lambda_y != 0.0:
-            raise NotImplementedError("label costs are not implemented yet")
+        self.label_cost_matrix, self.lambda_x, self.lambda_y = label_cost_matrix, lambda_x, lambda_y
         self.loss, self.p, self.backend, self.cost, self.kernel = loss, p, backend, cost, kernel
         self.blur, self.reach, self.reach_x, self.reach_y = blur, reach, reach_x, reach_y
         self.diameter, self.scaling, self.eps, self.eps_list = diameter, scaling, eps, eps_list
@@ -141,11 +144,9 @@ class SamplesLoss(torch.nn.Module):
         return None if self._solved is None else self._solved.result
 
     def forward(self, *args: Tensor | None, label_x: Any = None, label_y: Any = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of (x, y) or (a, x, b, y), or its potentials."""
+        """The loss of (x, y) or (a, x, b, y), or its potentials; with the classes of the points where there are label costs."""
         self._check()
-        if label_x is not None or label_y is not None:
-            raise NotImplementedError("label costs are not implemented yet")
-        problem = problem_of(args)
+        problem = renamed(problem_of, args, self._labels(label_x, label_y))
         self._solved = renamed(self._to_tol if self._to_tolerance else self._scheduled, problem)
         return self._solved.potentials(problem) if self.potentials else self._solved.value(problem)
 
@@ -165,6 +166,7 @@ class SamplesLoss(torch.nn.Module):
         started, given, batched = time.perf_counter(), problem.given, problem.batched
         balanced = all(math.isinf(rho) for rho in self._rho)
         clouds = centre_batch(given, balanced=balanced) if isinstance(given, GivenBatch) else centre(given, balanced=balanced)
+        clouds = labelled(clouds, problem.labels)
         plan = self._schedule(problem)
         admissible, eps = batch_modes if batched else precision_modes, plan.eps[-1]
         modes = admissible(self._precision(problem), clouds, eps, SCHEDULE_TOL)
@@ -189,6 +191,7 @@ class SamplesLoss(torch.nn.Module):
             method=self.method,
             precision=self._precision(problem),
             potentials_init=self._solved.start(given) if self.warm_start and self._solved else None,
+            **problem.label_options,
             **limits,
         )
         return Solved(self._unit, given, result.seconds, result._divergence, result)
@@ -199,8 +202,20 @@ class SamplesLoss(torch.nn.Module):
 
     @property
     def _unit(self) -> float:
-        """The cost in units of the engine's |x − y|²."""
-        return 0.5 if self.half_cost else 1.0
+        """The cost in units of the engine's |x − y|² + labels."""
+        return (0.5 if self.half_cost else 1.0) * (positive("lambda_x", self.lambda_x) if self._labelled else 1.0)
+
+    @property
+    def _labelled(self) -> bool:
+        return self.label_cost_matrix is not None and self.lambda_y != 0.0
+
+    def _labels(self, label_x: Any, label_y: Any) -> tuple[Any, Any, Any]:
+        """(classes of x, of y, the cost between classes in units of the engine's); None for each when there are none."""
+        if self.label_cost_matrix is None and (label_x is not None or label_y is not None):
+            raise InputError("expected label_cost_matrix with label_x and label_y; got None; pass it to SamplesLoss")
+        if not self._labelled:
+            return None, None, None
+        return label_x, label_y, self.label_cost_matrix * (self.lambda_y / self.lambda_x)
 
     @property
     def _eps(self) -> float:
@@ -252,6 +267,10 @@ class SamplesLoss(torch.nn.Module):
             raise unknown("method", str(self.method), ["auto", *METHODS])
         if not isinstance(self.scaling, (int, float)) or not 0.0 < self.scaling < 1.0:
             raise InputError(f"expected scaling between 0 and 1; got {self.scaling!r}; type for example scaling=0.5")
+        if not self._labelled and self.label_cost_matrix is None and (self.lambda_x, self.lambda_y) != (1.0, 0.0):
+            raise UsageError("expected label_cost_matrix with lambda_x or lambda_y; got None; pass the matrix, or scale the points")
+        if self._labelled and not math.isfinite(self.lambda_y):
+            raise InputError(f"expected a finite lambda_y; got {self.lambda_y!r}; type for example lambda_y=1.0")
         if not self.allow_tf32 and self.precision not in ("auto", "fp32", "fp64"):
             raise UsageError(f"expected precision='fp32' with allow_tf32=False; got {self.precision!r}; leave one of them out")
         if self.warm_start and not self._to_tolerance:

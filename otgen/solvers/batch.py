@@ -205,18 +205,7 @@ def batch_modes(precision: str, clouds: Clouds, eps: Tensor | float, tol: float)
 def part_of(solution: Solution, i: int, n: int, m: int) -> Solution:
     """The i-th problem of a solved batch, of n × m points."""
     steps, c, ended = solution.steps, solution.clouds, solution.outcome
-    clouds = Clouds(
-        c.x[i, :n],
-        c.y[i, :m],
-        c.a[i, :n],
-        c.b[i, :m],
-        c.x_sq[i, :n],
-        c.y_sq[i, :m],
-        c.shift[i, 0],
-        (float(c.masses[0][i]), float(c.masses[1][i])),
-        float(c.radius[i]),
-        float(c.reach[i]),
-    )
+    clouds = c.part(i, n, m)
     counts = (array[i].item() for array in (ended.error, ended.n_iters, ended.passes, ended.stop))
     u = ended.u[i, :n]
     v = u if ended.v is ended.u else ended.v[i, :m]

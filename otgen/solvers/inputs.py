@@ -67,6 +67,8 @@ class Clouds:
     radius      largest norm of a centred point;  reach  the same over points of positive weight
     extents     None. A batch has an axis of problems ahead of all others: numbers are tensors (batch, 1), `shift` (batch, 1, d),
                 and `extents` say how many points of each problem count (`otgen.ops.Extents`)
+    features    None. With label costs (`otgen.solvers.labels`), the coordinates that are the points' own; the product of the others
+                is the label cost, x's those of a left factor and y's of a right one. opposite  x as right factor, y as left one
     """
 
     x: Tensor
@@ -80,20 +82,36 @@ class Clouds:
     radius: Any
     reach: Any
     extents: Extents | None = None
+    features: int | None = None
+    opposite: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def swapped(self) -> Clouds:
-        extents = self.extents and self.extents[::-1]
-        masses = self.masses[::-1]
-        return Clouds(self.y, self.x, self.b, self.a, self.y_sq, self.x_sq, self.shift, masses, self.radius, self.reach, extents)
+        sides: dict[str, Any] = {"x": self.y, "y": self.x, "a": self.b, "b": self.a, "x_sq": self.y_sq, "y_sq": self.x_sq}
+        extents, opposite = self.extents and self.extents[::-1], self.opposite and self.opposite[::-1]
+        return replace(self, **sides, masses=self.masses[::-1], extents=extents, opposite=opposite)
 
     @cached_property
     def own(self) -> Clouds:
         """The problem of the first side with itself."""
-        x, a, x_sq = self.x, self.a, self.x_sq
-        masses = self.masses[0], self.masses[0]
+        y, opposite = (self.x, None) if self.opposite is None else (self.opposite[0], (self.opposite[0], self.x))
         extents = self.extents and (self.extents[0], self.extents[0])
-        return Clouds(x, x, a, a, x_sq, x_sq, self.shift, masses, self.radius, self.reach, extents)
+        masses = self.masses[0], self.masses[0]
+        return replace(self, y=y, b=self.a, y_sq=self.x_sq, masses=masses, extents=extents, opposite=opposite)
+
+    @property
+    def dimension(self) -> int:
+        """Coordinates of the points."""
+        return self.x.shape[-1] if self.features is None else self.features
+
+    def part(self, i: int, n: int, m: int) -> Clouds:
+        """The i-th problem of a batch, of n × m points, as a single one."""
+        sizes = {"x": n, "a": n, "x_sq": n, "y": m, "b": m, "y_sq": m}
+        tensors = {name: getattr(self, name)[i, :size] for name, size in sizes.items()}
+        masses = float(self.masses[0][i]), float(self.masses[1][i])
+        numbers: dict[str, Any] = {"masses": masses, "radius": float(self.radius[i]), "reach": float(self.reach[i])}
+        opposite = self.opposite and (self.opposite[0][i, :n], self.opposite[1][i, :m])
+        return replace(self, **tensors, **numbers, shift=self.shift[i, 0], extents=None, opposite=opposite)
 
     @property
     def mass(self) -> Any:

@@ -14,6 +14,7 @@ from otgen.errors import InputError, UsageError
 from otgen.solvers.batch import BatchResult
 from otgen.solvers.batch_inputs import GivenBatch, read_batch
 from otgen.solvers.inputs import Given, read, working_dtype
+from otgen.solvers.labels import Labels, read_labels
 from otgen.solvers.options import count_of
 from otgen.solvers.result import OTResult
 from otgen.solvers.schedule import Extrapolated, diameter
@@ -29,13 +30,14 @@ WORDS = {"X_a": "x", "X_b": "y", "unbalanced=1.0": "reach=1.0", "reg by its squa
 class Problem:
     """The tensors of a call, with the caller's graph: x (n, d), y (m, d), a (n,) and b (m,), or None for uniform weights.
 
-    Of a batch they have an axis of problems ahead.
+    Of a batch they have an axis of problems ahead. labels: None, or the classes of the points and what they cost.
     """
 
     x: Tensor
     y: Tensor
     a: Tensor | None
     b: Tensor | None
+    labels: Labels | None = None
 
     @property
     def batched(self) -> bool:
@@ -46,6 +48,13 @@ class Problem:
         """What is solved, without a graph. Raises InputError."""
         x, y, a, b = (None if tensor is None else tensor.detach() for tensor in (self.x, self.y, self.a, self.b))
         return read_batch(x, y, a, b, None, None) if self.batched else read(x, y, a, b)
+
+    @property
+    def label_options(self) -> dict[str, Tensor]:
+        """What solve_sample is told of the labels."""
+        if self.labels is None:
+            return {}
+        return {"labels_a": self.labels.a, "labels_b": self.labels.b, "label_cost": self.labels.cost}
 
     @property
     def diameter(self) -> float:
@@ -97,8 +106,11 @@ def _points(given: Given | GivenBatch) -> tuple[Tensor, Tensor]:
     return (given.x.points, given.y.points) if isinstance(given, GivenBatch) else (given.x, given.y)
 
 
-def problem_of(args: tuple[Tensor | None, ...]) -> Problem:
-    """The problem of a call, or the batch of them. Raises InputError for shapes that make none."""
+def problem_of(args: tuple[Tensor | None, ...], labels: tuple[Any, Any, Any] = (None, None, None)) -> Problem:
+    """The problem of a call, or the batch of them. Raises InputError for shapes that make none.
+
+    labels  (classes of x, classes of y, cost between classes), or None for each
+    """
     if len(args) == 6 and args[0] is None and args[3] is None:
         args = (*args[1:3], *args[4:])
     if len(args) not in (2, 4):
@@ -115,8 +127,9 @@ def problem_of(args: tuple[Tensor | None, ...]) -> Problem:
                 f"type {name}[:, None] for points on a line, and loss(a, x, b, y) when there are weights"
             )
     a, b = (w.squeeze(-1) if w is not None and w.ndim == x.ndim and w.shape[-1] == 1 else w for w in (a, b))
+    classes = read_labels(*labels, x, y, names=("label_x", "label_y", "label_cost_matrix"))
     if x.ndim == 2:
-        return Problem(x, y, a, b)
+        return Problem(x, y, a, b, classes)
     for name, tensor, shape in (("y", y, (len(x), *y.shape[1:])), ("a", a, x.shape[:2]), ("b", b, (len(x), y.shape[1]))):
         if tensor is not None and tensor.shape != shape:
             raise InputError(
@@ -125,7 +138,7 @@ def problem_of(args: tuple[Tensor | None, ...]) -> Problem:
             )
     if len(x) == 0:
         raise InputError("expected at least one problem in the batch; got none; pass x[None] and y[None] for one")
-    return Problem(x, y, a, b)
+    return Problem(x, y, a, b, classes)
 
 
 def renamed(function: Callable[..., T], *arguments: Any, **options: Any) -> T:

@@ -117,7 +117,8 @@ class End:
         """
         steps, c = self.steps, self.steps.clouds
         lead = self.u_full + (steps.eps / steps.rho_a) * (self.u_full - self.u)
-        return ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, steps.row_target(self.u), **steps.launch)
+        whole = ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, steps.row_target(self.u), **steps.launch)
+        return whole[..., : c.dimension]
 
     def potential_gradient(self) -> Tensor:
         """(n, d): the derivative of each f_i in x_i with all else held (`otgen.solvers.solution.potential_gradient`).

@@ -18,6 +18,7 @@ from torch import Tensor
 from otgen.chunked import left_factor, right_factor
 from otgen.errors import InputError, UsageError
 from otgen.solvers.inputs import Given, as_tensor, require_alike, working_dtype
+from otgen.solvers.labels import without_labels
 from otgen.solvers.plan import largest
 from otgen.solvers.solution import Once, Solution
 from otgen.solvers.steps import Steps, damping
@@ -58,7 +59,8 @@ class DualPotentials:
         return self._given.answer(_Potential.apply(source, self._solution, transposed))  # type: ignore[no-untyped-call]
 
     def _points(self, name: str, x: Any) -> Tensor:
-        return self._given.argument(name, x, (None, self._solution.clouds.x.shape[1]))
+        without_labels(self._solution.clouds, "potentials outside the sample")
+        return self._given.argument(name, x, (None, self._solution.clouds.dimension))
 
 
 def _outside(solution: Solution, points: Tensor, transposed: bool) -> Solution:

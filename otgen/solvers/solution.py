@@ -98,7 +98,8 @@ class Solution:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
         cloud, u, v = self._sides(transposed)
         marginal = self.outcome.c if transposed else self.outcome.r
-        return ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, **self._launch(transposed))
+        whole = ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, **self._launch(transposed))
+        return whole[..., : cloud.dimension]
 
     def linear_cost(self) -> Tensor:
         """<P, C>, float64 (…,); one sweep."""
@@ -134,7 +135,7 @@ def barycentres(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
     """
     c = steps.clouds
     u, _ = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **steps.launch)
-    values = torch.cat((c.y, torch.ones_like(c.y[..., :1])), -1)
+    values = torch.cat((c.y[..., : c.dimension], torch.ones_like(c.y[..., :1])), -1)
     sums = ops.apply_plan(c.x, c.y, u, v, torch.ones_like(c.a), c.b, values, **steps.launch)
     return sums[..., :-1] / sums[..., -1:] + c.shift
 
@@ -142,7 +143,7 @@ def barycentres(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
 def potential_gradient(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
     """(n, d): the derivative in x_i of the damped update of f from v at x_i, with v and y held: 2λ·(x_i − T(x)_i)."""
     factor = damping(steps.eps, steps.rho_a)
-    moved = steps.clouds.x + steps.clouds.shift - barycentres(steps, u, v)
+    moved = steps.clouds.x[..., : steps.clouds.dimension] + steps.clouds.shift - barycentres(steps, u, v)
     return 2.0 * (factor[..., None] if isinstance(factor, Tensor) else factor) * moved
 
 
