@@ -7,7 +7,7 @@
     ported      measured on another GPU of the same architecture
     predicted   ranked by the model, for this shape or the nearest; never timed
     default     nothing that was tuned fits: the family's default variant
-    pinned      `pin` was called for these flags
+    pinned      `pin` was called for these flags, or the caller named the variant
 
 This is also the order of preference, save that a prediction comes before a measured row further away than `otgen.ranking.REACH`.
 Every answer but an exact one is said once, with the command that cures it.
@@ -127,6 +127,18 @@ class Dispatcher:
             choice = self.choose(family, gpu, n, m, d, dtype, flags, modes)
             module = load(centre(Problem(family, n, m, d, dtype, flags)), choice.variant)
             kernel = self._kernels[key] = Kernel(choice, module.launch)
+        return kernel
+
+    def named(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, variant: Variant) -> Kernel:
+        """`variant` and the launch of the module rendered for it, whatever else is tuned. Raises NoValidVariant when it misfits."""
+        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, variant)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            from otgen.render import load
+
+            target = centre(Problem(family, n, m, d, dtype, flags))
+            choice = _pinned(variant, target, self._gpu(gpu))
+            kernel = self._kernels[key] = Kernel(choice, load(target, variant).launch)
         return kernel
 
     def explain(self, problem: Problem, gpu: str, modes: tuple[str, ...]) -> Explanation:
@@ -269,6 +281,7 @@ def cure(problem: Problem, gpu: str) -> str:
 _DISPATCHER = Dispatcher()
 choose = _DISPATCHER.choose
 kernel = _DISPATCHER.kernel
+named = _DISPATCHER.named
 explain = _DISPATCHER.explain
 current_gpu = _DISPATCHER.current_gpu
 forget = _DISPATCHER.forget

@@ -269,6 +269,7 @@ class SamplesLoss(torch.nn.Module):
             raise InputError(f"expected scaling between 0 and 1; got {self.scaling!r}; type for example scaling=0.5")
         if not self._labelled and self.label_cost_matrix is None and (self.lambda_x, self.lambda_y) != (1.0, 0.0):
             raise UsageError("expected label_cost_matrix with lambda_x or lambda_y; got None; pass the matrix, or scale the points")
+        _ = self._unit
         if self._labelled and not math.isfinite(self.lambda_y):
             raise InputError(f"expected a finite lambda_y; got {self.lambda_y!r}; type for example lambda_y=1.0")
         if not self.allow_tf32 and self.precision not in ("auto", "fp32", "fp64"):

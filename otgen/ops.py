@@ -92,12 +92,19 @@ def kernel(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ..
     """
     if streamed(x):
         return STREAMED.get(flags, STREAMED_MATRIX) if x.ndim == 2 else STREAMED_BATCH.get(flags, STREAMED_BATCH_MATRIX)
-    from otgen.dispatch import kernel as dispatched
+    from otgen import dispatch
+    from otgen.override import variant_of
 
+    asked, variant = question(family, x, y, flags), variant_of(family, flags)
+    return dispatch.kernel(*asked, modes) if variant is None else dispatch.named(*asked, variant)
+
+
+def question(family: str, x: Tensor, y: Tensor, flags: Flags) -> tuple[str, str, int, int, int, str, Flags]:
+    """What `otgen.dispatch` is asked about a launch: family, gpu, n, m, d, dtype, flags."""
     if x.ndim == 3:
         flags = (("batch", _rounded(len(x))), *flags)
     gpu = NOMINAL_GPU if x.device.type == "cpu" else _slug(x.device)
-    return dispatched(family, gpu, x.shape[-2], y.shape[-2], x.shape[-1], DTYPES[x.dtype], flags, modes)
+    return family, gpu, x.shape[-2], y.shape[-2], x.shape[-1], DTYPES[x.dtype], flags
 
 
 def _rounded(batch: int) -> int:

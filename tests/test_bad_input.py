@@ -84,6 +84,17 @@ CASES = {
     "one potential": ((X, Y), {"potentials_init": A}, r"a pair \(f, g\) for potentials_init; got Tensor"),
     "potentials exchanged": ((X, Y), {"potentials_init": (B, A)}, r"potentials_init\[0\] of shape \(6\); got \(4,\)"),
     "NaN potentials": ((X, Y), {"potentials_init": (A * torch.nan, B)}, "expected finite potentials_init"),
+    "scaling = 0": ((X, Y), {"scaling": 0.0}, r"between 0 and 1 for scaling; got 0\.0; type for example scaling=0\.5"),
+    "scaling = 1": ((X, Y), {"scaling": 1}, "between 0 and 1 for scaling; got 1"),
+    "scaling = NaN": ((X, Y), {"scaling": float("nan")}, "between 0 and 1 for scaling; got nan"),
+    "a flag for scaling": ((X, Y), {"scaling": True}, "between 0 and 1 for scaling; got True"),
+    "scaling of the wrong type": ((X, Y), {"scaling": "slow"}, "between 0 and 1 for scaling; got 'slow'"),
+    "both scaling and potentials": (
+        (X, Y),
+        {"scaling": 0.5, "potentials_init": (A, B)},
+        "one of scaling and potentials_init; got both; leave scaling out",
+    ),
+    "a variant on a CPU": ((X, Y), {"variant": {}}, "on a GPU for variant; got float32 points on cpu.* type variant='auto'"),
     "fp64 of float32 points": ((X, Y), {"precision": "fp64"}, r"float64 points for precision='fp64'.*type X_a\.double\(\)"),
     "fp32 of float64 points": ((X.double(), Y.double()), {"precision": "fp32"}, r"float32 points .* got float64; type X_a\.float"),
     "a tensor-core mode on a CPU": (

@@ -94,16 +94,6 @@ def test_an_attribute_set_later_is_used_and_checked():
         loss(*tensors)
 
 
-def test_labels_are_not_implemented_yet():
-    x, y = torch.rand(5, 2), torch.rand(6, 2)
-    for options in ({"label_cost_matrix": torch.eye(2)}, {"lambda_y": 1.0}, {"lambda_x": 0.5}):
-        with pytest.raises(NotImplementedError, match=r"^label costs are not implemented yet$"):
-            otgen.SamplesLoss(**options)
-    for options in ({"label_x": torch.zeros(5)}, {"label_y": torch.zeros(6)}):
-        with pytest.raises(NotImplementedError, match=r"^label costs are not implemented yet$"):
-            otgen.SamplesLoss()(x, y, **options)
-
-
 X, Y, A, B = torch.rand(5, 2), torch.rand(6, 2), torch.full((5,), 0.2), torch.full((6,), 1 / 6)
 
 

@@ -32,16 +32,21 @@ class Annealed:
     passes: np.ndarray
 
 
-def stages(steps: Steps) -> np.ndarray:
+def stages(steps: Steps, scaling: float | None = None, most: float = np.inf) -> np.ndarray:
     """(problems, stages): regularisations from R² down, to be visited before that of `steps`, and NaN before a problem's first one.
 
-    None when the problem is easy, or a side is one point.
+    scaling  from one blur to the next, so its square from one stage to the next; given, easy problems have stages too
+    most     a problem with more of them has its first ones
+
+    None when R² is no larger than eps, or a side is one point, or without `scaling` the problem is easy.
     """
+    factor, least = (FACTOR, HARD) if scaling is None else (scaling**2, 1.0)
     reach, eps = (np.atleast_1d(_host(value)) for value in (steps.clouds.reach, steps.eps))
-    hard = (reach**2 > HARD * eps) & (_smaller_side(steps) > 1)
-    count = np.where(hard, np.ceil(np.log(np.where(hard, reach**2 / eps, 1.0)) / -np.log(FACTOR) - 1e-9), 0).astype(int)
+    hard = (reach**2 > least * eps) & (_smaller_side(steps) > 1)
+    count = np.where(hard, np.ceil(np.log(np.where(hard, reach**2 / eps, 1.0)) / -np.log(factor) - 1e-9), 0)
+    count = np.minimum(count, most).astype(int)
     late = count[:, None] - np.arange(count.max(initial=0), 0, -1)
-    return np.where(late >= 0, reach[:, None] ** 2 * FACTOR ** late.clip(0), np.nan)
+    return np.where(late >= 0, reach[:, None] ** 2 * factor ** late.clip(0), np.nan)
 
 
 def anneal(steps: Steps, f: Tensor, g: Tensor, through: np.ndarray) -> Annealed:

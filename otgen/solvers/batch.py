@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from otgen.errors import InputError, UsageError, unknown
+from otgen.problem import Value
+from otgen.solvers import options
 from otgen.solvers.batch_inputs import GivenBatch, Side, centre_batch, index_of, numbers, read_batch
-from otgen.solvers.engine import METHODS, Callback, Limits, own, precision_of, solved
+from otgen.solvers.engine import METHODS, Callback, Course, divergence, precision_of
 from otgen.solvers.inputs import Clouds
-from otgen.solvers.options import count_of, precision_modes, relaxation, tolerance
-from otgen.solvers.result import ConvergenceWarning, OTResult
+from otgen.solvers.kernels import kernels_of
+from otgen.solvers.labels import Labels, labelled, read_labels
+from otgen.solvers.result import LOGGED, ConvergenceWarning, OTResult, how
 from otgen.solvers.sinkhorn import Outcome
 from otgen.solvers.solution import Divergence, DualValue, Solution
 from otgen.solvers.steps import Steps
@@ -42,10 +45,18 @@ def solve_sample_batch(
     max_iter: int = 2000,
     tol: float = 1e-3,
     potentials_init: tuple[Any, Any] | None = None,
+    grad: str = "envelope",
     blur: Any = None,
     reach: Any = None,
+    scaling: float | None = None,
+    labels_a: Any = None,
+    labels_b: Any = None,
+    label_cost: Any = None,
     precision: str = "auto",
+    variant: Mapping[str, Value] | str = "auto",
+    tune: str = "cache",
     callback: Callback | None = None,
+    verbose: bool = False,
 ) -> BatchResult:
     """`otgen.solve_sample` for each of a batch of problems, in one launch per step for all that have not reached `tol` yet.
 
@@ -54,9 +65,11 @@ def solve_sample_batch(
                       sides
     a, b              (batch, n), (batch, m), or (N,), (M,) weights; uniform with mass 1 in each problem when left out
     reg, blur         a number for all problems, or one for each
+    labels_a, labels_b   classes, shaped as the weights
     potentials_init   (f, g) shaped as the weights, for instance the `potentials` of another result
     precision         "auto" takes the fastest mode that is accurate enough for the hardest of the problems
-    callback          told the iterations done, and the largest marginal error of the problems that still ran
+    scaling           each problem goes through stages from its own R²
+    callback          told the iterations done, and the largest marginal error of the problems that still ran; so is `verbose`
 
     All else is as in `otgen.solve_sample`, for each problem: what is said there of iterations, error and stop is said by entries of
     the result's arrays. Memory is that of the largest problem times the number of problems, O((n + m) d) each.
@@ -69,20 +82,29 @@ def solve_sample_batch(
         raise UsageError("expected a method that takes batches; got 'newton', which takes one problem; type method='anderson'")
     if (reg is None) == (blur is None):
         raise InputError(f"expected one of reg and blur; got {'neither' if reg is None else 'both'}; type for example reg=0.1")
-    rho_a, rho_b = relaxation(unbalanced, unbalanced_type, reach)
-    limits = Limits(tolerance(tol), count_of(max_iter), callback or (lambda n, error: None))
+    detached, tune = options.gradient(grad) == "detach", options.tuning(tune)
+    rho_a, rho_b = options.relaxation(unbalanced, unbalanced_type, reach)
+    limits = options.tolerance(tol), options.count_of(max_iter)
+    ratio, method = options.stage_ratio(scaling, potentials_init), "anderson" if method == "auto" else method
     given = read_batch(X_a, X_b, a, b, batch_a, batch_b)
-    clouds = centre_batch(given, balanced=math.isinf(rho_a) and math.isinf(rho_b))
+    labels = _labels(given, read_labels(labels_a, labels_b, label_cost, given.x.laid, given.y.laid, numpy=given.numpy))
+    clouds = labelled(centre_batch(given, balanced=math.isinf(rho_a) and math.isinf(rho_b)), labels)
     eps = numbers("reg", reg, clouds) if blur is None else 2.0 * numbers("blur", blur, clouds) ** 2
-    steps = Steps(clouds, eps, batch_modes(precision, clouds, eps, limits.tol), rho_a, rho_b)
-    pair = _pair(given, potentials_init)
-    cross = solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
-    divergence = Divergence(cross)
-    if debias:
-        divergence = Divergence(cross, *(own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
-    result = BatchResult(divergence, given, batch_value(divergence, given), time.perf_counter() - started)
-    if said := _complaint(result, steps, limits.tol, precision_of(cross.choice)):
-        warnings.warn(said, ConvergenceWarning, stacklevel=2)
+
+    def modes(name: str) -> tuple[str, ...]:
+        return batch_modes(name, clouds, eps, limits[0])
+
+    kernels, admissible = kernels_of(variant, tune, method, clouds, precision, modes)
+    steps = Steps(clouds, eps, admissible, rho_a, rho_b)
+    course = Course(*limits, options.told(callback, verbose, started), ratio, kernels)
+    pair, finer = _pair(given, potentials_init), precision == "auto"
+    found = divergence(method, steps, pair, course, debias=debias, finer=finer)
+    worth = batch_value(found, given)
+    result = BatchResult(found, given, worth.detach() if detached else worth, time.perf_counter() - started)
+    if verbose:
+        print(result)
+    if said := _complaint(result, steps, course.tol, precision_of(found.cross.choice)):
+        warnings.warn(said, ConvergenceWarning, stacklevel=options.caller())
     return result
 
 
@@ -95,6 +117,8 @@ class BatchResult:
     value           (batch,);  potential_a, potential_b, potentials, marginal_a, marginal_b, value_linear, a_to_b, b_to_a, as of an
                     OTResult, each in one sweep for all
     marginal_error, n_iters, passes, stop, converged    numpy arrays (batch,)
+    errors          (looks, batch), with NaN after a problem's end; the full step that ends a symmetric solve is a look of its own
+    log, precision, variant, cache  as of an OTResult
     """
 
     def __init__(self, divergence: Divergence, given: GivenBatch, value: Tensor, seconds: float) -> None:
@@ -112,11 +136,22 @@ class BatchResult:
         self.n_iters: np.ndarray = self._solution.outcome.n_iters
         self.passes: np.ndarray = sum(outcome.passes for outcome in outcomes)
         self.seconds = seconds
+        self.precision, self.variant, self.cache = how(self._solution)
 
     @property
     def converged(self) -> np.ndarray:
         """(batch,), whether the marginal error asked for was reached."""
         return np.asarray(self.stop == "tol")
+
+    @cached_property
+    def errors(self) -> Any:
+        """(looks, batch), of the plans between a and b."""
+        return self._given.answer(torch.from_numpy(self._solution.outcome.looks).to(self._solution.clouds.x.device))
+
+    @property
+    def log(self) -> dict[str, Any]:
+        """As `OTResult.log`."""
+        return {name: getattr(self, name) for name in LOGGED}
 
     @cached_property
     def value_linear(self) -> Any:
@@ -199,19 +234,25 @@ def batch_modes(precision: str, clouds: Clouds, eps: Tensor | float, tol: float)
     """The precision modes that are admissible for the hardest problem of a batch. Raises as `precision_modes` does."""
     needed = torch.as_tensor(eps).to(clouds.radius).expand_as(clouds.radius)
     hardest = int((clouds.radius.square() / needed).argmax())
-    return precision_modes(precision, replace(clouds, radius=float(clouds.radius[hardest])), float(needed[hardest]), tol)
+    return options.precision_modes(precision, replace(clouds, radius=float(clouds.radius[hardest])), float(needed[hardest]), tol)
 
 
 def part_of(solution: Solution, i: int, n: int, m: int) -> Solution:
     """The i-th problem of a solved batch, of n × m points."""
     steps, c, ended = solution.steps, solution.clouds, solution.outcome
     clouds = c.part(i, n, m)
-    counts = (array[i].item() for array in (ended.error, ended.n_iters, ended.passes, ended.stop))
+    error, n_iters, passes, stop = (array[i].item() for array in (ended.error, ended.n_iters, ended.passes, ended.stop))
+    met = [e for e in ended.looks[:, i] if not np.isnan(e)] + [error] * bool(np.isnan(error))
     u = ended.u[i, :n]
     v = u if ended.v is ended.u else ended.v[i, :m]
-    outcome = Outcome(u, v, ended.r[i, :n], ended.c[i, :m], *counts)
+    outcome = Outcome(u, v, ended.r[i, :n], ended.c[i, :m], error, n_iters, passes, stop, np.array(met))
     eps = float(steps.eps[i]) if isinstance(steps.eps, Tensor) else steps.eps
     return Solution(Steps(clouds, eps, steps.modes, steps.rho_a, steps.rho_b), outcome, solution.choice)
+
+
+def _labels(given: GivenBatch, labels: Labels | None) -> Labels | None:
+    """The caller's labels, padded as the points are."""
+    return labels and Labels(given.x.padded(labels.a), given.y.padded(labels.b), labels.cost)
 
 
 def _pair(given: GivenBatch, potentials: tuple[Any, Any] | None) -> tuple[Tensor, Tensor] | None:

@@ -33,6 +33,11 @@ class Side:
         """(batch, n), whether it is a point."""
         return torch.arange(self.points.shape[1], device=self.points.device) < self.counts[:, None]
 
+    @property
+    def laid(self) -> Tensor:
+        """The points as the caller has them."""
+        return self.laid_out(self.points)
+
     def laid_out(self, values: Tensor) -> Tensor:
         """Values (batch, n, …) of points, as the caller has his points."""
         return values if self.places is None else values[self.places]

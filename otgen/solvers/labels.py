@@ -19,6 +19,8 @@ from torch import Tensor
 from otgen.errors import InputError
 from otgen.solvers.inputs import Clouds, as_tensor, working_dtype
 
+NAMES = ("labels_a", "labels_b", "label_cost")
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -30,7 +32,7 @@ class Labels:
 
 
 def read_labels(
-    labels_a: Any, labels_b: Any, cost: Any, x: Tensor, y: Tensor, *, names: tuple[str, str, str], numpy: bool = False
+    labels_a: Any, labels_b: Any, cost: Any, x: Tensor, y: Tensor, *, names: tuple[str, str, str] = NAMES, numpy: bool = False
 ) -> Labels | None:
     """The caller's labels of points x (…, n, d), y (…, m, d); None when there are none. Raises InputError for what does not fit."""
     given = (labels_a, labels_b, cost)

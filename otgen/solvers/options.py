@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +15,10 @@ from otgen import ops
 from otgen.errors import InputError, unknown
 from otgen.precision import ALIASES, MODES, admissible, mode_name, representable
 from otgen.solvers.inputs import Clouds
+
+GRADIENTS = ("envelope", "implicit", "detach")
+
+TUNING = ("cache", "now", "off")
 
 
 def regularisation(reg: Any, blur: Any) -> float:
@@ -99,3 +106,58 @@ def precision_modes(precision: str, clouds: Clouds, eps: float, tol: float) -> t
             f"expected coordinates inside the range of {mode}; reg={eps:g} scales them out of it; type precision='tf32'"
         )
     return (mode,)
+
+
+def gradient(grad: Any) -> str:
+    """How `value` is to be differentiated. Raises UsageError for an unknown way, NotImplementedError for "implicit"."""
+    if grad not in GRADIENTS:
+        raise unknown("grad", str(grad), GRADIENTS)
+    if grad == "implicit":
+        raise NotImplementedError("grad='implicit' is not implemented yet; type grad='envelope'")
+    return str(grad)
+
+
+def tuning(tune: Any) -> str:
+    if tune not in TUNING:
+        raise unknown("tune", str(tune), TUNING)
+    return str(tune)
+
+
+def stage_ratio(scaling: Any, potentials_init: Any) -> float | None:
+    """From one blur to the next, between 0 and 1; None for the methods' own stages. Raises InputError for anything else."""
+    if scaling is None:
+        return None
+    if potentials_init is not None:
+        raise InputError(
+            "expected one of scaling and potentials_init; got both; leave scaling out: its stages would throw the potentials away"
+        )
+    try:
+        ratio = math.nan if _boolean(scaling) else float(scaling)
+    except (TypeError, ValueError):
+        ratio = math.nan
+    if not 0.0 < ratio < 1.0:
+        raise InputError(f"expected a number between 0 and 1 for scaling; got {scaling!r}; type for example scaling=0.5")
+    return ratio
+
+
+def told(callback: Callable[[int, float], object] | None, verbose: Any, started: float) -> Callable[[int, float], object]:
+    """What is called at each look, with the iterations done and the error: the caller's callback, after a line when verbose.
+
+    started  what `time.perf_counter` said when the solve began
+    """
+
+    def line(n: int, error: float) -> None:
+        if verbose:
+            print(f"{n} iterations, marginal error {error:.1e}, {time.perf_counter() - started:.2f} s")
+        if callback is not None:
+            callback(n, error)
+
+    return line
+
+
+def caller() -> int:
+    """The stacklevel for a warning of the function that calls this one to point out of otgen, past a torch module in between."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("otgen.", "torch.nn.modules.")):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -15,7 +15,10 @@ from otgen.solvers.inputs import Given
 from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
 from otgen.solvers.sinkhorn import Stop
-from otgen.solvers.solution import Divergence
+from otgen.solvers.solution import Divergence, Solution
+
+LOGGED = ("errors", "n_iters", "passes", "stop", "seconds", "precision", "variant", "cache")
+"""What a result's `log` has."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -61,13 +64,7 @@ class OTResult:
         self.passes: int = sum(outcome.passes for outcome in outcomes)
         self.stop: Stop = worst.stop
         self.seconds = seconds
-        self.precision: str = "fp64" if solution.clouds.x.dtype == torch.float64 else "fp32"
-        self.variant: Variant | None = None
-        self.cache: str | None = None
-        choice = solution.choice
-        if choice is not None:
-            self.precision = {"ieee": "fp32"}.get(choice.precision, choice.precision)
-            self.variant, self.cache = choice.variant, choice.cache
+        self.precision, self.variant, self.cache = how(solution)
 
     @property
     def converged(self) -> bool:
@@ -78,6 +75,18 @@ class OTResult:
     def status(self) -> str:
         """How the solve ended, in a clause."""
         return f"stopped by {self.stop} after {self.n_iters} iterations with a marginal error of {self.marginal_error:.1e}"
+
+    @cached_property
+    def errors(self) -> Any:
+        """(looks,): the marginal error whenever it was looked at, of the plan between a and b, stages left out. OTT's name."""
+        looks = torch.from_numpy(self._solution.outcome.looks)
+        return self._given.answer(looks.to(self._solution.clouds.x.device))
+
+    @property
+    def log(self) -> dict[str, Any]:
+        """POT's name for how it went: `errors` and the attributes "n_iters", "passes", "stop", "seconds", "precision", "variant"
+        and "cache", by name."""
+        return {name: getattr(self, name) for name in LOGGED}
 
     @cached_property
     def value_linear(self) -> Any:
@@ -246,11 +255,20 @@ class OTResult:
         return DualPotentials(self._solution, self._given)
 
     def __repr__(self) -> str:
-        (n, d), m = self._solution.clouds.x.shape, self._solution.clouds.y.shape[0]
+        clouds = self._solution.clouds
+        n, m, d = len(clouds.x), len(clouds.y), clouds.dimension
         return (
             f"OTResult(value={float(self._value):.6g}, {n}×{m} points in {d}-D, reg={self.reg:g}, {self.precision}, "
             f"{self.status}, {self.seconds:.3g} s)"
         )
+
+
+def how(solution: Solution) -> tuple[str, Variant | None, str | None]:
+    """`precision`, `variant` and `cache` of a result."""
+    choice = solution.choice
+    if choice is None:
+        return "fp64" if solution.clouds.x.dtype == torch.float64 else "fp32", None, None
+    return {"ieee": "fp32"}.get(choice.precision, choice.precision), choice.variant, choice.cache
 
 
 def _axis(axis: Any) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from otgen.errors import InputError, unknown
-from otgen.solvers.engine import METHODS, Callback, Limits, own, precision_of, solved
+from otgen.problem import Value
+from otgen.solvers import options
+from otgen.solvers.engine import METHODS, Callback, Course, divergence, precision_of
 from otgen.solvers.inputs import Given, centre, read
-from otgen.solvers.options import count_of, precision_modes, regularisation, relaxation, tolerance
+from otgen.solvers.kernels import kernels_of
+from otgen.solvers.labels import labelled, read_labels
 from otgen.solvers.result import ConvergenceWarning, OTResult
-from otgen.solvers.solution import Divergence, value
+from otgen.solvers.solution import value
 from otgen.solvers.steps import Steps
 from otgen.solvers.verdict import complaint, least_error
 
@@ -37,10 +40,18 @@ def solve_sample(
     max_iter: int = 2000,
     tol: float = 1e-3,
     potentials_init: tuple[Any, Any] | None = None,
+    grad: str = "envelope",
     blur: float | None = None,
     reach: Any = None,
+    scaling: float | None = None,
+    labels_a: Any = None,
+    labels_b: Any = None,
+    label_cost: Any = None,
     precision: str = "auto",
+    variant: Mapping[str, Value] | str = "auto",
+    tune: str = "cache",
     callback: Callback | None = None,
+    verbose: bool = False,
 ) -> OTResult:
     """Transport of minimal <P, C> + reg·KL(P | a⊗b) with C = |x − y|², in O((n + m) d) memory.
 
@@ -64,32 +75,58 @@ def solve_sample(
                      eighth, each look being a wait for the device. A tolerance that was missed, or that float32 cannot hold, and
                      a reg for which it loses the value, are a ConvergenceWarning.
     potentials_init  (f, g) to start from, for instance ``result.potentials`` of a similar problem; zeros when left out
+    grad             "envelope": `value` has the gradients that OTResult states, by the envelope theorem;  "detach": it has no
+                     graph;  "implicit": not implemented yet
+    scaling          GeomLoss's, from one blur to the next: reg goes down from R² by scaling² a stage, an alternation each, before
+                     the method begins, whichever it is and however easy the problem; R is the radius of the centred clouds. None:
+                     only anderson and newton take stages, only where it is hard, and halve reg. A measure's own cost takes none
+    labels_a, labels_b   (n,), (m,) classes of the points, integers from 0, and what transport between two classes costs more:
+    label_cost       (classes, classes), symmetric. C = |x_i − y_j|² + label_cost[k_i, l_j] then, everywhere (OTDD)
     precision        how coordinates are multiplied: "auto" takes the fastest whose rounding leaves tol within reach, and a finer
                      one when the error stalls; "fp64" for float64 points, "fp32", and on a GPU the modes of `otgen.precision` are
                      taken as asked for, or refused
+    variant          "auto" takes the kernels that dispatch chooses; a mapping of axes, as `otgen.pin` takes, is the variant of the
+                     sinkhorn kernels of this loop, and its precision the precision. For method="symmetric" those are the ones that
+                     update both sides, for the others the ones that update one. Dispatch chooses for all else: newton's products,
+                     gradients, plans, and stages and own costs of a symmetric solve
+    tune             "cache": a kernel that nothing was tuned for takes what comes nearest;  "now": what the loop launches is first
+                     tuned on this GPU, unless it was before: minutes each, kept in the user's database (`otgen.store`), and in a
+                     script only below ``if __name__ == "__main__":``, since compilers are other processes;  "off": a kernel that
+                     would take the default variant is refused. No effect where PyTorch computes: on a CPU, or in float64
     callback         called with the updates done and the marginal error, whenever the error is looked at
+    verbose          print a line then, and the result at the end
 
     Potentials follow P_ij = a_i b_j exp((f_i + g_j − C_ij)/reg). Raises InputError for data, and UsageError for names, that make no
-    transport problem.
+    transport problem; NotImplementedError for what is not there yet; NoValidVariant for a `variant` that does not fit the problem,
+    and with tune="off" for a kernel that nothing was tuned for.
     """
     started = time.perf_counter()
     if metric not in METRICS:
         raise unknown("metric", str(metric), METRICS)
     if method != "auto" and method not in METHODS:
         raise unknown("method", str(method), ["auto", *METHODS])
-    eps, (rho_a, rho_b) = regularisation(reg, blur), relaxation(unbalanced, unbalanced_type, reach)
-    limits = Limits(tolerance(tol), count_of(max_iter), callback or (lambda n, error: None))
+    detached, tune = options.gradient(grad) == "detach", options.tuning(tune)
+    eps, (rho_a, rho_b) = options.regularisation(reg, blur), options.relaxation(unbalanced, unbalanced_type, reach)
+    limits = options.tolerance(tol), options.count_of(max_iter)
+    ratio, method = options.stage_ratio(scaling, potentials_init), "anderson" if method == "auto" else method
     given = read(X_a, X_b, a, b)
-    clouds = centre(given, balanced=math.isinf(rho_a) and math.isinf(rho_b))
-    steps = Steps(clouds, eps, precision_modes(precision, clouds, eps, limits.tol), rho_a, rho_b)
-    pair = _pair(given, steps, potentials_init)
-    cross = solved("anderson" if method == "auto" else method, steps, pair, limits, finer=precision == "auto")
-    divergence = Divergence(cross)
-    if debias:
-        divergence = Divergence(cross, *(own(replace(steps, clouds=c.own), limits) for c in (clouds, clouds.swapped)))
-    result = OTResult(divergence, given, value(divergence, given), time.perf_counter() - started)
-    if said := complaint(result, clouds, limits.tol, least_error(clouds, eps, precision_of(cross.choice))):
-        warnings.warn(said, ConvergenceWarning, stacklevel=2)
+    labels = read_labels(labels_a, labels_b, label_cost, given.x, given.y, numpy=given.numpy)
+    clouds = labelled(centre(given, balanced=math.isinf(rho_a) and math.isinf(rho_b)), labels)
+
+    def modes(name: str) -> tuple[str, ...]:
+        return options.precision_modes(name, clouds, eps, limits[0])
+
+    kernels, admissible = kernels_of(variant, tune, method, clouds, precision, modes)
+    steps = Steps(clouds, eps, admissible, rho_a, rho_b)
+    course = Course(*limits, options.told(callback, verbose, started), ratio, kernels)
+    pair, finer = _pair(given, steps, potentials_init), precision == "auto"
+    found = divergence(method, steps, pair, course, debias=debias, finer=finer)
+    worth = value(found, given)
+    result = OTResult(found, given, worth.detach() if detached else worth, time.perf_counter() - started)
+    if verbose:
+        print(result)
+    if said := complaint(result, clouds, course.tol, least_error(clouds, eps, precision_of(found.cross.choice))):
+        warnings.warn(said, ConvergenceWarning, stacklevel=options.caller())
     return result
 
 

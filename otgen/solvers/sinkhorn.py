@@ -42,8 +42,10 @@ class Outcome:
     error     marginal error of (u, v), a share of the mass:  (Σ|r − a| + Σ|c − b|)/mass, for a relaxed marginal with its target
               (`Steps.row_target`) instead of a or b
     n_iters   updates of the pair;  passes  sweeps over the n × m pairs (rows redone with the running maximum are not counted)
+    errors    (looks,) array of the errors met on the way, the last one `error`; None: it was looked at once, at the end
 
-    Of a batch the tensors are (batch, n), (batch, m), and the others arrays (batch,).
+    Of a batch the tensors are (batch, n), (batch, m), and the others arrays (batch,); `errors` is (looks, batch), with NaN wherever
+    a problem was not looked at.
     """
 
     u: Tensor
@@ -54,6 +56,12 @@ class Outcome:
     n_iters: Any
     passes: Any
     stop: Any
+    errors: np.ndarray | None = None
+
+    @property
+    def looks(self) -> np.ndarray:
+        """`errors`, whether there was one look or many."""
+        return np.asarray(self.error)[None] if self.errors is None else self.errors
 
     @property
     def swapped(self) -> Outcome:
@@ -67,6 +75,7 @@ class Watch:
     callback         told the iterations done and the error, of a batch the largest, whenever errors are looked at
     running          (problems,) those to be looked at. One by one they stop, and leave their error, the iterations when they did
                      (`ended`) and the reason (`stops`)
+    met              an array (problems,) for each look: the errors of those that ran
     """
 
     def __init__(
@@ -84,6 +93,7 @@ class Watch:
         self.error = np.full(self.running.shape, np.nan)
         self.ended = np.zeros(self.running.shape, dtype=int)
         self.stops = np.full(self.running.shape, "", dtype="U15")
+        self.met: list[np.ndarray] = []
         self.best = np.full(self.running.shape, np.inf)
         self.best_at = np.zeros(self.running.shape, dtype=int)
         self._working: tuple[bytes, Steps] | None = None
@@ -94,6 +104,7 @@ class Watch:
     def look(self, error: Tensor, n: int, forgiven: np.ndarray | None = None) -> np.ndarray:
         """Takes the errors (…, 1) met after `n` iterations, and stops problems. Returns which of those `forgiven` met NaN."""
         met = error.detach().reshape(-1).cpu().double().numpy()
+        self.met.append(np.where(self.running, met, np.nan))
         self._callback(n, float(met[self.running].max()))
         lost: np.ndarray = np.isnan(met) & self.running & (n < self.max_iter)
         lost &= False if forgiven is None else forgiven
@@ -117,6 +128,7 @@ class Watch:
         met = error.detach().reshape(-1).cpu().double().numpy()
         better: np.ndarray = met <= self.error
         if better.any():
+            self.met.append(np.where(better, met, np.nan))
             self._callback(int(self.ended.max()) + 1, float(np.where(better, met, self.error).max()))
         self.error, self.ended = np.where(better, met, self.error), self.ended + better
         self.stops = np.where(better & (met <= self.tol), "tol", self.stops)
@@ -133,8 +145,11 @@ class Watch:
 
     def outcome(self, u: Tensor, v: Tensor, r: Tensor, c: Tensor, passes: np.ndarray) -> Outcome:
         """Where it ended, now that all have stopped."""
-        numbers = self.error, self.ended, passes, self.stops
-        return Outcome(u, v, r, c, *((array[0].item() for array in numbers) if u.ndim == 1 else numbers))
+        numbers, met = (self.error, self.ended, passes, self.stops), np.stack(self.met)
+        if u.ndim > 1:
+            return Outcome(u, v, r, c, *numbers, met)
+        error, ended, swept, stop = (array[0].item() for array in numbers)
+        return Outcome(u, v, r, c, error, ended, swept, stop, met[:, 0])
 
 
 def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated: bool = False) -> Outcome:
