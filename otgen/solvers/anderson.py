@@ -40,7 +40,8 @@ class Anderson:
     def __init__(self, weights: Tensor, *, gauge: bool, longest: Scalar, depth: int = DEPTH) -> None:
         self._weights = weights / weights.sum(-1, keepdim=True)
         self._roots = self._weights.double().sqrt()
-        self._gauge, self._longest, self._depth = gauge, longest, depth
+        self._gauge, self._depth = gauge, depth
+        self._longest = torch.as_tensor(longest).to(weights)
         self._images: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._size: Tensor | None = None
@@ -65,7 +66,7 @@ class Anderson:
         theta = torch.where(grown, 0.0, self._coefficients(residual)).to(image.dtype)
         step = (theta[..., None, :] @ (image[..., None, :] - torch.stack(self._images[:-1], -2)))[..., 0, :]
         length: Tensor = (step - self._mean(step) if self._gauge else step).abs().amax(-1, keepdim=True)
-        mixed: Tensor = image - step * (self._longest / torch.maximum(length, torch.as_tensor(self._longest).to(length)))
+        mixed: Tensor = image - step * (self._longest / torch.maximum(length, self._longest))
         return torch.where(per_problem(plain, image), image, mixed) if plain.any() else mixed
 
     def _coefficients(self, residual: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Anderson:
             differences = differences * per_problem(remembered, differences)
         gram = differences @ differences.mT
         ridge = RIDGE[residual.dtype] * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(torch.float64).tiny
-        gram = gram + ridge[..., None, None] * torch.eye(count, dtype=gram.dtype, device=gram.device)
+        gram.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
         found: Tensor
         found, _ = torch.linalg.solve_ex(gram, differences @ (residual.double() * self._roots)[..., None])
         return found[..., 0]

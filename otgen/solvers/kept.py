@@ -51,8 +51,13 @@ class _Matrix:
             self._pair = u.clone(), v.clone()
         up, across = torch.exp2(u - self._pair[0]), torch.exp2(v - self._pair[1])
         if transposed:
-            return across * (self._values.mT @ (clouds.a * up)[..., None])[..., 0]
-        return up * (self._values @ (clouds.b * across)[..., None])[..., 0]
+            return across * _times(self._values.mT, clouds.a * up)
+        return up * _times(self._values, clouds.b * across)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """A matrix by a vector, or each of a batch by its own."""
+    return matrix @ vector if vector.ndim == 1 else torch.bmm(matrix, vector[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)

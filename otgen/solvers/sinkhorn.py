@@ -106,11 +106,13 @@ class Watch:
         met = error.detach().reshape(-1).cpu().double().numpy()
         self.met.append(np.where(self.running, met, np.nan))
         self._callback(n, float(met[self.running].max()))
-        lost: np.ndarray = np.isnan(met) & self.running & (n < self.max_iter)
-        lost &= False if forgiven is None else forgiven
         better = met < self.best
         self.best, self.best_at = np.where(better, met, self.best), np.where(better, n, self.best_at)
         stalled = n - self.best_at >= PATIENCE
+        if not (stalled | (n >= self.max_iter) | ~(met > self.tol)).any():
+            return np.zeros_like(better)
+        lost: np.ndarray = np.isnan(met) & self.running & (n < self.max_iter)
+        lost &= False if forgiven is None else forgiven
         reasons = {
             "nan": np.isnan(met) & ~lost | stalled & ~np.isfinite(self.best),
             "tol": met <= self.tol,
@@ -180,7 +182,7 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
         image, _ = steps.translated(image, v)
         residual = torch.where(rho.isinf() | (rho == 0), image - u, -rho.log2()) if steps.balanced else image - u
         if mixer is not None:
-            rested = np.where(n - np.maximum(watch.best_at, rested) >= STALL, n, rested)
+            rested[n - np.maximum(watch.best_at, rested) >= STALL] = n
             image = mixer.next(image, residual, ~mixing | (n - rested < REST))
         if lost.any():
             image = torch.where(per_problem(lost, image), safe, image)
