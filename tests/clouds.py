@@ -132,3 +132,12 @@ def slope(function, inputs, index, direction):
 
     h = 2e-4
     return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+
+
+def measures(dtype=torch.float64, mass=1.0, batch=None, n=40, m=30):
+    """(a, x, b, y), the second weight of the mass given; the problems of a batch differ in place and size."""
+    parts = []
+    for k in range(batch or 1):
+        x, y, a, b = problem(n, m, seed=k, dtype=dtype)
+        parts.append((a, (1 + k) * x, mass * b, y - k))
+    return parts[0] if batch is None else tuple(torch.stack(tensors) for tensors in zip(*parts))

@@ -7,7 +7,7 @@ import inspect
 import geomloss
 import pytest
 import torch
-from clouds import problem
+from clouds import measures
 
 import otgen
 from otgen import ops
@@ -17,15 +17,6 @@ from otgen.solvers.problems import problem_of
 from otgen.solvers.result import ConvergenceWarning, OTResult
 
 pytestmark = pytest.mark.usefixtures("streamed")
-
-
-def clouds(dtype=torch.float64, mass=1.0, batch=None, n=40, m=30):
-    """(a, x, b, y), the second weight of the mass given; the problems of a batch differ in place and size."""
-    parts = []
-    for k in range(batch or 1):
-        x, y, a, b = problem(n, m, seed=k, dtype=dtype)
-        parts.append((a, (1 + k) * x, mass * b, y - k))
-    return parts[0] if batch is None else tuple(torch.stack(tensors) for tensors in zip(*parts))
 
 
 def leaves(tensors):
@@ -50,7 +41,7 @@ def correction(reach, blur):
 @pytest.mark.parametrize("reach", [None, 0.3, 1.0])
 @pytest.mark.parametrize("debias", [True, False])
 def test_the_number_and_the_potentials_are_geomlosss(debias, reach, batch, dtype):
-    tensors = clouds(dtype, 1.0 if reach is None else 1.6, batch)
+    tensors = measures(dtype, 1.0 if reach is None else 1.6, batch)
     options = {"blur": 0.1, "reach": reach, "debias": debias, "scaling": 0.6}
     precision = 1e-10 if dtype == torch.float64 else 1e-5
     for count in (2, 4):
@@ -68,7 +59,7 @@ def test_the_number_and_the_potentials_are_geomlosss(debias, reach, batch, dtype
 
 @pytest.mark.parametrize("options", [{}, {"diameter": 7.0}, {"scaling": 0.9}, {"blur": 5.0}, {"blur": 0.5, "diameter": 0.1}])
 def test_defaults_and_the_options_of_the_schedule(options):
-    tensors = clouds()
+    tensors = measures()
     torch.testing.assert_close(
         otgen.SamplesLoss(**options)(*tensors), geomloss.SamplesLoss(**options)(*tensors), rtol=1e-10, atol=1e-14
     )
@@ -80,7 +71,7 @@ def test_arguments_come_in_geomlosss_order_with_its_defaults():
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert {p.kind for p in ours[len(theirs) :]} == {inspect.Parameter.KEYWORD_ONLY}
     arguments = ("sinkhorn", 2, 0.2, 1.5, 3.0, 0.7, 5, None, None, None, False, False, False, "online")
-    tensors = clouds()
+    tensors = measures()
     torch.testing.assert_close(
         otgen.SamplesLoss(*arguments)(*tensors), geomloss.SamplesLoss(*arguments[:-1], "tensorized")(*tensors), rtol=1e-10, atol=0
     )
@@ -88,12 +79,12 @@ def test_arguments_come_in_geomlosss_order_with_its_defaults():
 
 @pytest.mark.parametrize("backend", ["auto", "tensorized", "online", "multiscale"])
 def test_backends_are_one(backend):
-    tensors = clouds()
+    tensors = measures()
     assert otgen.SamplesLoss(backend=backend)(*tensors) == otgen.SamplesLoss()(*tensors)
 
 
 def test_two_equal_reaches_are_one_and_either_may_be_left_out():
-    tensors = clouds(mass=1.6)
+    tensors = measures(mass=1.6)
     both = otgen.SamplesLoss(blur=0.1, reach=0.5)(*tensors)
     assert otgen.SamplesLoss(blur=0.1, reach_x=0.5, reach_y=0.5)(*tensors) == both
     assert otgen.SamplesLoss(blur=0.1, reach=0.5, reach_x=0.5)(*tensors) == both
@@ -104,7 +95,7 @@ def test_two_equal_reaches_are_one_and_either_may_be_left_out():
 @pytest.mark.parametrize("debias", [True, False])
 def test_each_side_has_its_own_reach(reaches, debias):
     """At convergence the schedule and solve_sample agree, but for the constant of a biased value, which unit masses do not have."""
-    tensors = clouds()
+    tensors = measures()
     options = {"blur": 0.3, "reach_x": reaches[0], "reach_y": reaches[1], "debias": debias}
     long = otgen.SamplesLoss(**options, use_epsilon_scaling=False, n_iters=600)
     to_tolerance = otgen.SamplesLoss(**options, tol=1e-11)
@@ -116,14 +107,14 @@ def test_each_side_has_its_own_reach(reaches, debias):
 
 @pytest.mark.parametrize("tol", [None, 1e-9])
 def test_equal_measures_have_no_distance(tol):
-    a, x, _, _ = clouds()
+    a, x, _, _ = measures()
     for options in ({}, {"reach": 0.5}, {"reach_x": 0.5}, {"reach_y": 0.5}, {"reach_x": 0.3, "reach_y": 0.9}):
         assert float(otgen.SamplesLoss(blur=0.1, tol=tol, **options)(a, x, a, x)) == pytest.approx(0.0, abs=1e-10)
 
 
 def test_flash_sinkhorns_cost_is_twice_geomlosss():
     """flash-sinkhorn with half_cost=False and blur² = 2σ² is GeomLoss with σ, twice over."""
-    tensors, root = clouds(mass=1.3), 2.0**0.5
+    tensors, root = measures(mass=1.3), 2.0**0.5
     options = {"scaling": 0.5, "diameter": 2.0}
     half = otgen.SamplesLoss(blur=0.1, reach=0.5, **options)
     full = otgen.SamplesLoss(blur=root * 0.1, reach=root * 0.5, half_cost=False, scaling=0.5, diameter=root * 2.0)
@@ -141,7 +132,7 @@ def test_flash_sinkhorns_cost_is_twice_geomlosss():
 @pytest.mark.parametrize("reach", [None, 0.3])
 @pytest.mark.parametrize("debias", [True, False])
 def test_gradients_are_geomlosss_corrected_when_relaxed(debias, reach, batch, dtype):
-    blur, tensors = 0.1, clouds(dtype, 1.0 if reach is None else 1.6, batch)
+    blur, tensors = 0.1, measures(dtype, 1.0 if reach is None else 1.6, batch)
     ours = gradients(otgen.SamplesLoss(blur=blur, reach=reach, debias=debias), tensors)
     theirs = gradients(geomloss.SamplesLoss(blur=blur, reach=reach, debias=debias), tensors)
     for index, (mine, other) in enumerate(zip(ours, theirs)):
@@ -157,7 +148,7 @@ def test_gradients_are_geomlosss_corrected_when_relaxed(debias, reach, batch, dt
 @pytest.mark.parametrize("reach", [None, 0.3])
 @pytest.mark.parametrize("debias", [True, False])
 def test_potentials_have_geomlosss_gradients(debias, reach, batch, dtype):
-    tensors, pairs = clouds(dtype, 1.0 if reach is None else 1.6, batch), []
+    tensors, pairs = measures(dtype, 1.0 if reach is None else 1.6, batch), []
     for library in (otgen, geomloss):
         a, x, b, y = tensors[0], tensors[1].clone().requires_grad_(), tensors[2], tensors[3].clone().requires_grad_()
         f, g = library.SamplesLoss(blur=0.1, reach=reach, debias=debias, potentials=True)(a, x, b, y)
@@ -172,7 +163,7 @@ def test_potentials_have_geomlosss_gradients(debias, reach, batch, dtype):
 @pytest.mark.parametrize("options", [{"tol": 1e-9, "blur": 0.3}, {"tol": 1e-9, "blur": 0.3, "reach": 0.5}], ids=str)
 def test_solved_potentials_move_with_their_own_points(options, debias):
     """f(x_i) by one update from the solved g, less that of the own problem: finite differences of the update."""
-    a, x, b, y = clouds(n=7, m=6)
+    a, x, b, y = measures(n=7, m=6)
     loss = otgen.SamplesLoss(potentials=True, debias=debias, **options)
     point = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(a, point, b, y)[0][2], point)
@@ -188,7 +179,7 @@ def test_solved_potentials_move_with_their_own_points(options, debias):
 
 
 def test_potentials_of_half_an_update_are_not_differentiated():
-    a, x, b, y = clouds(n=7, m=6)
+    a, x, b, y = measures(n=7, m=6)
     f, _ = otgen.SamplesLoss(eps_list=[1.0], last_extrapolation=False, potentials=True)(a, x.requires_grad_(), b, y)
     with pytest.raises(UsageError, match="last_extrapolation=True"):
         f.sum().backward()
@@ -198,7 +189,7 @@ def test_potentials_of_half_an_update_are_not_differentiated():
 @pytest.mark.parametrize("debias", [True, False])
 def test_gradients_are_finite_differences_of_the_number_at_convergence(debias, reach):
     reach_x, reach_y = reach if isinstance(reach, tuple) else (reach, reach)
-    tensors = clouds(mass=1.0 if reach is None else 1.6, n=12, m=9)
+    tensors = measures(mass=1.0 if reach is None else 1.6, n=12, m=9)
     loss = otgen.SamplesLoss(reach_x=reach_x, reach_y=reach_y, debias=debias, eps_list=[0.2] * 300)
     found, h = gradients(loss, tensors), 1e-5
     for index, name in enumerate("axby"):
@@ -213,7 +204,7 @@ def test_gradients_are_finite_differences_of_the_number_at_convergence(debias, r
 
 
 def test_a_training_loop_and_the_grad_mode():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     loss, moving = otgen.SamplesLoss(blur=0.3), x.clone().requires_grad_()
     optimiser = torch.optim.SGD([moving], lr=20.0)
     values = []
@@ -231,7 +222,7 @@ def test_a_training_loop_and_the_grad_mode():
 
 
 def test_the_value_is_differentiable_once():
-    a, x, b, y = clouds(n=8, m=8)
+    a, x, b, y = measures(n=8, m=8)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(otgen.SamplesLoss()(a, x, b, y), x, create_graph=True)
     with pytest.raises(UsageError, match="one derivative"):
@@ -245,7 +236,7 @@ def test_the_value_is_differentiable_once():
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("method", ["auto", "symmetric", "alternating", "anderson"])
 def test_a_tolerance_goes_to_solve_sample(method, debias, reach):
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     loss = otgen.SamplesLoss(blur=0.2, reach=reach, debias=debias, tol=1e-7, method=method)
     expected = otgen.solve_sample(x, y, a, b, blur=0.2, reach=reach, debias=debias, tol=1e-7, method=method)
     torch.testing.assert_close(loss(a, x, b, y), 0.5 * expected.value, rtol=1e-12, atol=0)
@@ -259,7 +250,7 @@ def test_a_tolerance_goes_to_solve_sample(method, debias, reach):
 
 
 def test_tolerances_and_schedules_meet_at_convergence():
-    tensors = clouds(batch=2)
+    tensors = measures(batch=2)
     torch.testing.assert_close(
         otgen.SamplesLoss(blur=0.3, tol=1e-10)(*tensors), geomloss.SamplesLoss(blur=0.3, scaling=0.98)(*tensors), rtol=1e-5, atol=0
     )
@@ -267,18 +258,18 @@ def test_tolerances_and_schedules_meet_at_convergence():
 
 def test_a_method_alone_stops_at_solve_samples_tolerance():
     loss = otgen.SamplesLoss(blur=0.2, method="alternating")
-    loss(*clouds())
+    loss(*measures())
     assert loss.last_result.stop == "tol"
     assert 1e-5 < loss.last_result.marginal_error <= 1e-3
 
 
 def test_a_missed_tolerance_warns():
     with pytest.warns(ConvergenceWarning, match="after 2 iterations"):
-        otgen.SamplesLoss(tol=1e-9, max_iter=2)(*clouds())
+        otgen.SamplesLoss(tol=1e-9, max_iter=2)(*measures())
 
 
 def test_the_last_result_is_in_units_of_the_squared_distance():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     loss = otgen.SamplesLoss(blur=0.2, debias=False)
     assert loss.last_result is None
     value = loss(a, x.requires_grad_(), b, y)
@@ -296,7 +287,7 @@ def test_the_last_result_is_in_units_of_the_squared_distance():
 
 
 def test_a_batch_keeps_a_result_for_each_problem():
-    tensors = clouds(batch=3)
+    tensors = measures(batch=3)
     for options in ({"blur": 0.2}, {"blur": 0.2, "tol": 1e-6}):
         loss = otgen.SamplesLoss(**options)
         values = loss(*tensors)
@@ -313,7 +304,7 @@ def test_a_batch_takes_no_more_launches_than_its_slowest_problem(options, monkey
         whole = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, whole=whole, **more: counts.append(1) or whole(*args, **more))
     monkeypatch.setattr(engine, "keepable", lambda steps: False)
-    tensors = clouds(batch=3)
+    tensors = measures(batch=3)
     diameter = otgen.solvers.schedule.diameter(tensors[1], tensors[3])
     loss = otgen.SamplesLoss(**options, diameter=diameter)
     loss(*tensors)
@@ -327,7 +318,7 @@ def test_a_batch_takes_no_more_launches_than_its_slowest_problem(options, monkey
 
 
 def test_a_warm_start_needs_fewer_iterations():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     counts = {}
     for warm in (False, True):
         loss = otgen.SamplesLoss(blur=0.1, tol=1e-8, method="alternating", warm_start=warm)
@@ -343,7 +334,7 @@ def test_a_warm_start_needs_fewer_iterations():
 
 
 def test_a_number_of_iterations_without_a_schedule():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     loss = otgen.SamplesLoss(blur=0.3, use_epsilon_scaling=False, n_iters=7)
     assert loss(a, x, b, y) == otgen.SamplesLoss(eps_list=[0.3**2] * 7)(a, x, b, y)
     assert loss.last_result.n_iters == 7
@@ -351,12 +342,12 @@ def test_a_number_of_iterations_without_a_schedule():
 
 
 def test_eps_stands_for_the_square_of_blur():
-    tensors = clouds()
+    tensors = measures()
     torch.testing.assert_close(otgen.SamplesLoss(eps=0.04)(*tensors), otgen.SamplesLoss(blur=0.2)(*tensors), rtol=1e-12, atol=0)
 
 
 def test_a_cut_schedule_says_so():
-    tensors = clouds()
+    tensors = measures()
     with pytest.warns(ConvergenceWarning, match="n_iters=3 cuts the schedule"):
         value = otgen.SamplesLoss(blur=0.1, diameter=2.0, n_iters=3)(*tensors)
     torch.testing.assert_close(value, otgen.SamplesLoss(eps_list=[4.0, 4.0, 1.0])(*tensors), rtol=1e-12, atol=0)
@@ -364,7 +355,7 @@ def test_a_cut_schedule_says_so():
 
 
 def test_without_the_last_update_the_potentials_are_the_averaged_ones():
-    tensors = clouds()
+    tensors = measures()
     with_it, without = (
         otgen.SamplesLoss(eps_list=[1.0, 0.1], last_extrapolation=last, debias=False, potentials=True) for last in (True, False)
     )
@@ -375,7 +366,7 @@ def test_without_the_last_update_the_potentials_are_the_averaged_ones():
 
 
 def test_a_threshold_is_in_units_of_the_cost():
-    tensors = clouds()
+    tensors = measures()
     loss = otgen.SamplesLoss(eps_list=[0.2] * 300, threshold=1e-5, inner_iterations=5, debias=False)
     loss(*tensors)
     assert loss.last_result.stop == "tol"
@@ -391,11 +382,11 @@ def test_a_threshold_is_in_units_of_the_cost():
 
 
 def test_tf32_may_be_ruled_out():
-    a, x, b, y = clouds(torch.float32)
+    a, x, b, y = measures(torch.float32)
     loss = otgen.SamplesLoss(allow_tf32=False)
     loss(a, x, b, y)
     assert loss.last_result.precision == "fp32"
-    loss(*clouds())
+    loss(*measures())
     assert loss.last_result.precision == "fp64"
     assert loss._precision(problem_of((a, x, b, y))) == "fp32"
     assert otgen.SamplesLoss()._precision(problem_of((a, x, b, y))) == "auto"

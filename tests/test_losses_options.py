@@ -10,21 +10,12 @@ import warnings
 
 import pytest
 import torch
-from clouds import problem
+from clouds import measures
 
 import otgen
 from otgen.errors import InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("streamed")
-
-
-def clouds(dtype=torch.float64, mass=1.0, batch=None, n=40, m=30):
-    """(a, x, b, y), the second weight of the mass given; the problems of a batch differ in place and size."""
-    parts = []
-    for k in range(batch or 1):
-        x, y, a, b = problem(n, m, seed=k, dtype=dtype)
-        parts.append((a, (1 + k) * x, mass * b, y - k))
-    return parts[0] if batch is None else tuple(torch.stack(tensors) for tensors in zip(*parts))
 
 
 # What is refused
@@ -85,7 +76,7 @@ def test_options_met_at_the_call(options, message):
 
 
 def test_an_attribute_set_later_is_used_and_checked():
-    tensors = clouds()
+    tensors = measures()
     loss = otgen.SamplesLoss()
     loss.blur = 0.3
     assert loss(*tensors) == otgen.SamplesLoss(blur=0.3)(*tensors)
@@ -140,7 +131,7 @@ def test_bad_input(arguments, message, options):
 
 
 def test_columns_of_weights_and_empty_labels_are_taken():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     value = otgen.SamplesLoss()(a, x, b, y)
     assert otgen.SamplesLoss()(a[:, None], x, b[:, None], y) == value
     assert otgen.SamplesLoss()(None, a, x, None, b, y) == value
@@ -157,7 +148,7 @@ def test_points_that_are_one_have_no_distance():
 
 
 def test_half_precision_is_answered_in_float32():
-    _, x, _, y = clouds(torch.float32)
+    _, x, _, y = measures(torch.float32)
     x, y = x.half().requires_grad_(), y.half()
     value = otgen.SamplesLoss(blur=0.3)(x, y)
     assert value.dtype == torch.float32
@@ -175,7 +166,7 @@ def test_a_module_without_state():
 
 
 def test_copies_leave_the_last_result_behind():
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     loss = otgen.SamplesLoss(blur=0.3)
     value = loss(a, x.requires_grad_(), b, y)
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -185,7 +176,7 @@ def test_copies_leave_the_last_result_behind():
 
 
 def test_a_call_says_nothing_and_keeps_no_graph(capsys):
-    a, x, b, y = clouds()
+    a, x, b, y = measures()
     hidden = x.requires_grad_() * 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
