@@ -39,3 +39,13 @@ def test_digits_keep_their_labels(capsys):
     assert 0.95 < numbers["agreement"] <= numbers["baseline"] < 0.99
     assert f"{numbers['agreement']:.1%} after transport" in printed
     assert f"{numbers['baseline']:.1%} by nearest neighbour" in printed
+
+
+def test_noise_flows_into_digits(tmp_path):
+    out = tmp_path / "flow.png"
+    numbers = example("gradient_flow").main(["--out", str(out)])
+    assert numbers["before"] > 3.0
+    assert numbers["after"] < 0.1 * numbers["before"]
+    assert numbers["raised"] == 0
+    assert numbers["share_error"] < 0.02
+    assert np.asarray(Image.open(out)).shape == (6 * 9 * 4, 24 * 9 * 4)
