@@ -6,6 +6,7 @@
 #   make golden                   regenerate the golden renders and docs/commands.md; read the diff
 #   make gpu                      on a machine with an NVIDIA GPU: its tests, a measured tuning, the peers
 #   make shipped                  tune the standard set for every GPU of the table into tuning_db/
+#   make carried                  after an edit of a template: keep the shipped winners that render as before
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ GPU ?= a100
 JOBS ?= 2
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test tune lint golden gpu shipped clean
+.PHONY: test tune lint golden gpu shipped carried clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,9 @@ gpu: $(VENV)/installed-bench
 
 shipped: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/ship.py $(ARGS)
+
+carried: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/ship.py --carry $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

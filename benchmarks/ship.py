@@ -6,18 +6,23 @@ All GPUs share one working database, so GPUs of one architecture, and sizes of o
 GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on. The problem whose instruction counts are quoted
 (benchmarks/static.py) is searched eight times as deep, before all others.
 
-After an edit of a template, what it renders as before is carried over first and searched no more; --carry does that alone.
+After an edit of a template, what it renders as before is carried over first and searched no more; --carry does that alone, from
+the shipped files themselves where there is no working database.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from otgen.carry import carry
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS, gpu
+from otgen.problem import Problem
 from otgen.ranking import stale
 from otgen.resources import resource
 from otgen.store import Store
@@ -40,20 +45,29 @@ def main() -> None:
     problems = standard_problems(tuple(FAMILIES), None, ("fp32",))
     batched = tuple(name for name, kind in FAMILIES.items() if "batch" in kind.flags)
     problems += standard_problems(batched, BATCHES, ("fp32",), {"batch": 64})
-    with Store.open(options.work) as store:
+    with tempfile.TemporaryDirectory() as folder:
         for slug in options.slugs or sorted(GPUS, key=lambda slug: str(GPUS[slug].arch)):
-            began, added = time.monotonic(), 0
-            carried = carry(problems, gpu(slug), store).total()
-            for chosen, trials in () if options.carry else ((QUOTED, 8 * options.max_trials), (problems, options.max_trials)):
-                for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None):
-                    added += summary.added
-            store.snapshot(options.out / f"{slug}.db", winners_of=slug)
-            winners = store.winners(slug)
-            print(
-                f"{slug}: {carried} trials carried over, {added} run in {time.monotonic() - began:.0f} s; "
-                f"{len(winners)} winners, {sum(map(stale, winners))} stale",
-                flush=True,
-            )
+            work = options.work
+            if options.carry and not work.exists():
+                work = Path(shutil.copy(resource("tuning_db") / f"{slug}.db", folder))
+            with Store.open(work) as store:
+                ship(slug, problems, store, 0 if options.carry else options.max_trials, options.out)
+
+
+def ship(slug: str, problems: Sequence[Problem], store: Store, max_trials: int, out: Path) -> None:
+    """Carries over, searches up to `max_trials` variants a problem, and writes the GPU's file."""
+    began, added = time.monotonic(), 0
+    carried = carry(problems, gpu(slug), store).total()
+    for chosen, trials in ((QUOTED, 8 * max_trials), (problems, max_trials)) if max_trials else ():
+        for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None):
+            added += summary.added
+    store.snapshot(out / f"{slug}.db", winners_of=slug)
+    winners = store.winners(slug)
+    print(
+        f"{slug}: {carried} trials carried over, {added} run in {time.monotonic() - began:.0f} s; "
+        f"{len(winners)} winners, {sum(map(stale, winners))} stale",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

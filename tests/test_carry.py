@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import signal
 import sqlite3
@@ -23,8 +24,8 @@ from otgen.gpus import gpu
 from otgen.problem import Problem, Variant
 from otgen.ranking import stale
 from otgen.render import body_digest, source
-from otgen.resources import template_hash
-from otgen.store import Accuracy, Compiled, Measurement, Prediction, Store, Trial, Winner
+from otgen.resources import resource, template_hash
+from otgen.store import Accuracy, Compiled, Measurement, Prediction, Store, Trial, Winner, read_winners
 
 A100 = gpu("a100")
 SINKHORN = family("sinkhorn")
@@ -298,3 +299,19 @@ def test_a_search_goes_on_across_an_edit(tmp_path: Path, edit: Callable[[str], N
     assert (run.added, bench.asked) == (0, [])
     assert [told(winner) for winner in winners] == [told(winner) for winner in old]
     assert all(store.compiled(compile_key(PROBLEM, winner.variant, A100)) for winner in winners)
+
+
+def test_shipped_files_are_carried_over_without_a_working_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make carried` on a fresh clone: the shipped files hold the facts that they are decided by."""
+    ship = Path(__file__).parents[1] / "benchmarks" / "ship.py"
+    spec = importlib.util.spec_from_file_location("ship", ship)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = ["ship.py", "--carry", "--work", str(tmp_path / "none.db"), "--out", str(tmp_path), "mi300x"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    before, after = (read_winners(folder / "mi300x.db") for folder in (resource("tuning_db"), tmp_path))
+    assert [(w.problem, w.variant, w.predicted_us) for w in after] == [(w.problem, w.variant, w.predicted_us) for w in before]
+    assert not any(stale(winner) for winner in after)
