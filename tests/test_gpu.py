@@ -167,6 +167,24 @@ def test_gradients_agree_with_the_cpu() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "symmetric"}, {"debias": True}, {"unbalanced": 0.5}], ids=str)
+def test_a_ragged_batch_agrees_with_the_cpu(options: dict[str, object]) -> None:
+    """Values and gradients of problems of very different sizes, solved side by side."""
+    sizes = [(700, 500), (1, 40), (33, 1), (257, 300)]
+    parts = [clouds(n, m, 5) for n, m in sizes]
+    owners = [torch.cat([torch.full((size[side],), i) for i, size in enumerate(sizes)]) for side in (0, 1)]
+    found = {}
+    for device, dtype, tol in (("cpu", torch.float64, 1e-8), ("cuda", torch.float32, 1e-4)):
+        given = [torch.cat([part[k] for part in parts]).to(device, dtype).requires_grad_() for k in range(4)]
+        batch_a, batch_b = (owner.to(device) for owner in owners)
+        more = {"batch_a": batch_a, "batch_b": batch_b, "reg": 0.3, "tol": tol, "max_iter": 5000, **options}
+        value = otgen.solve_sample_batch(*given, **more).value
+        value.sum().backward()
+        found[device] = [tensor.detach().cpu().double() for tensor in (value, given[0].grad, given[1].grad)]
+    for mine, expected in zip(found["cuda"], found["cpu"]):
+        torch.testing.assert_close(mine, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
 def steps(n: int, m: int, d: int) -> dict[str, torch.Tensor]:
     """Arguments of a symmetric step on the device, near its solution."""
     given = Points.of(family("sinkhorn").problem(n, m, d, schedule="symmetric")).given()
