@@ -77,7 +77,8 @@ class SamplesLoss(torch.nn.Module):
     Without tol, max_iter or a method, the number is GeomLoss's, converged or not: <a, f_ab − f_aa> + <b, g_ab − g_bb>, relaxed
     (ρ + eps/2)·<a, exp(−f_aa/ρ) − exp(−f_ab/ρ)> and likewise in b. `last_result.marginal_error` says how far the plan is from its
     marginals. Gradients in x, y, a and b are those of the last full update, as in GeomLoss; relaxed, GeomLoss's are too small by
-    the factor (ρ + eps/2)/(ρ + eps) and these are not. A second derivative is refused.
+    the factor (ρ + eps/2)/(ρ + eps) and these are not. A second derivative in the points is there with
+    tol, max_iter or a method, and refused of a schedule.
 
     `last_result` is the OTResult of the last call, the BatchResult for a batch, None before the first; detached, and in units of
     |x − y|²: reg = 2·eps, and potentials and value are twice those of the loss (half_cost=False: the same). It is not copied or

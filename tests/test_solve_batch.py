@@ -215,6 +215,17 @@ def test_awkward_sizes(sizes):
     torch.testing.assert_close(masses, torch.ones_like(masses))
 
 
+def test_a_part_of_a_debiased_batch_has_its_own_potentials():
+    """Also where the sides differ in size: own costs are of one side."""
+    x, y, a, b, batch_a, batch_b = ragged()
+    result = otgen.solve_sample_batch(x, y, a, b, batch_a=batch_a, batch_b=batch_b, reg=0.2, tol=1e-9, debias=True)
+    for i in range(4):
+        mine, other = batch_a == i, batch_b == i
+        alone = otgen.solve_sample(x[mine], y[other], a[mine], b[other], reg=0.2, tol=1e-9, debias=True)
+        torch.testing.assert_close(result[i].potential_aa, alone.potential_aa, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(result[i].potential_bb, alone.potential_bb, rtol=1e-6, atol=1e-8)
+
+
 def test_indices():
     x, y, a, b = stacked()
     result = otgen.solve_sample_batch(x, y, a, b, reg=0.1)

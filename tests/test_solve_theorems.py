@@ -13,7 +13,6 @@ from geomloss import SamplesLoss
 from geomloss import ot as geomloss_ot
 
 import otgen
-from otgen.errors import UsageError
 from otgen.solvers.result import ConvergenceWarning
 
 pytestmark = pytest.mark.usefixtures("streamed")
@@ -217,11 +216,3 @@ def test_the_gradient_formulas_and_the_grad_mode():
     with torch.no_grad():
         assert not otgen.solve_sample(*leaves, reg=0.1).value.requires_grad
         assert not torch.is_grad_enabled()
-
-
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    x, y, _, _ = problem(8, 8, 2)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(otgen.solve_sample(x, y, reg=0.1).value, x, create_graph=True)
-    with pytest.raises(UsageError, match="one derivative"):
-        (gradient.sum() + x.square().sum()).backward()

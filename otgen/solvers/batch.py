@@ -200,7 +200,8 @@ class BatchResult:
         """The i-th problem's result; negative i count from the end. Raises IndexError."""
         i = index_of(i, len(self))
         n, m = self._sizes[i]
-        parts = [part_of(solution, i, n, m) for solution in self._divergence.solutions]
+        sizes = ((n, m), (n, n), (m, m))  # own costs are of one side
+        parts = [part_of(solution, i, *size) for solution, size in zip(self._divergence.solutions, sizes)]
         value = torch.as_tensor(self.value)[i]
         return OTResult(Divergence(*parts), self._given.part(i, n, m), value, self.seconds)
 

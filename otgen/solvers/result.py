@@ -11,6 +11,7 @@ from otgen.errors import InputError
 from otgen.problem import Variant
 from otgen.solvers import operator as operators
 from otgen.solvers import plan as plans
+from otgen.solvers import second
 from otgen.solvers.inputs import Given
 from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
@@ -36,8 +37,9 @@ class OTResult:
 
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
                     is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
-                    up to (f + t, g − t), so only changes of weights that keep the masses equal have a meaning. Once
-                    differentiable. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a), likewise for b, comes in.
+                    up to (f + t, g − t), so only changes of weights that keep the masses equal have a meaning. Differentiable
+                    twice in the points (`hvp`), once in weights. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a),
+                    likewise for b, comes in.
                     Debiased, OT(a,b) − OT(a,a)/2 − OT(b,b)/2 + reg/2·(Σa − Σb)²; all else is that of the plan between a and b,
                     but for marginal_error and stop, which are the worst of the three problems', and passes, which add up
     marginal_error  (Σ|r − a| + Σ|c − b|) as a share of the mass, for the plan's marginals r = P·1, c = Pᵀ·1 (but after a symmetric
@@ -249,6 +251,22 @@ class OTResult:
     def argmax(self) -> Any:
         """(n,), int64: the j of the largest P_ij of each row, the first of equals; of zero weight, where it would be. One sweep."""
         return plans.argmax(self._solution, self._given)
+
+    def hvp(self, v: Any, v_b: Any = None, *, tol: float | None = None, log: bool = False) -> Any:
+        """(n, d): the Hessian of `value` in X_a times a direction v (n, d), the derivative of its gradient as X_a moves along v.
+
+        v_b  (m, d): X_b moves along with it; then the answer is a pair, the derivatives of both gradients, (n, d) and (m, d). A
+             side that is None rests. Several directions, (k, n, d) and (k, m, d), are taken one after the other
+        tol  relative residual of the linear systems, 1e-10 in float64 and 1e-6 in float32 when left out;  log  True: (answer, dict)
+             with the "iterations" of conjugate gradients, their "residual", and the "passes" over the pairs, 2·iterations + 3
+
+        Units: those of the cost per squared length, times v. Linear in v at any size, symmetric, exact at a solution: potentials
+        with a marginal error e give an error of order e times the condition of the system, which grows as reg falls. Points of zero
+        weight have zeros. Debiasing, relaxed marginals and label costs are those of `value`. Raises InputError for a direction that
+        does not fit or is not finite, UsageError for none; a system that was not solved is a ConvergenceWarning. Formulas:
+        docs/second_order.md.
+        """
+        return second.answered(self._divergence, self._given, v, v_b, tol, log)
 
     def to_dual_potentials(self) -> DualPotentials:
         """`.f(x)`, `.g(y)` and `.transport(x)` at points outside the sample (`otgen.solvers.semidual`)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from otgen import ops
 from otgen.chunked import exponentials
 from otgen.errors import UsageError
+from otgen.solvers import second
 from otgen.solvers.inputs import Clouds, Given, working_dtype
 from otgen.solvers.sinkhorn import Outcome
 from otgen.solvers.steps import Steps, damping, scale
@@ -210,7 +211,10 @@ class Divergence:
 
 
 class DualValue(torch.autograd.Function):
-    """The dual objective with the gradient of the transport cost: by the envelope theorem the potentials count as constants."""
+    """The dual objective with the gradient of the transport cost: by the envelope theorem the potentials count as constants.
+
+    Of a single solved problem that gradient is differentiable in the points (`otgen.solvers.second`).
+    """
 
     @staticmethod
     def forward(ctx: Any, solution: Divergence, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
@@ -227,11 +231,18 @@ class DualValue(torch.autograd.Function):
             solution.weight_gradient,
             lambda: solution.weight_gradient(transposed=True),
         )
-        with torch.no_grad():
-            wanted = zip(derivatives, ctx.needs_input_grad[1:], ctx.saved_tensors)
-            grads = [_scaled(grad, derivative()).to(tensor.dtype) if needed else None for derivative, needed, tensor in wanted]
-        inputs = (grad, *ctx.saved_tensors)
-        return None, *(None if value is None else Once.apply(value, *inputs) for value in grads)  # type: ignore[no-untyped-call]
+        inputs, found = ctx.saved_tensors, list[Tensor | None]()
+        twice = isinstance(solution, Divergence) and solution.cross.clouds.extents is None
+        for side, (derivative, needed, tensor) in enumerate(zip(derivatives, ctx.needs_input_grad[1:], inputs)):
+            if not needed:
+                found.append(None)
+            elif twice and side < 2:
+                found.append(second.gradient(solution, side, grad, inputs))
+            else:
+                with torch.no_grad():
+                    gradient = _scaled(grad, derivative()).to(tensor.dtype)
+                found.append(Once.apply(gradient, grad, *inputs))  # type: ignore[no-untyped-call]
+        return None, *found
 
 
 class Potentials(torch.autograd.Function):
@@ -272,7 +283,10 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise UsageError("expected one derivative of OTResult.value at most; got a second; type .detach() on the gradient")
+        raise UsageError(
+            "expected one derivative of this value at most, or two in the points of a single problem solved to a tolerance; "
+            "got another second one; type .detach() on the gradient"
+        )
 
 
 def value(solution: Divergence, given: Given) -> Tensor:
