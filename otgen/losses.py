@@ -57,7 +57,7 @@ class SamplesLoss(torch.nn.Module):
     tol, max_iter    solve until this marginal error, a share of the mass, or for so many iterations (`otgen.solve_sample`)
     method           "auto": GeomLoss's schedule, or with tol or max_iter what solve_sample takes. "symmetric": the schedule, or
                      with tol or max_iter averaged updates. "alternating", "anderson", "newton": solve_sample's, with its tol and
-                     max_iter
+                     max_iter; newton takes no batches
     warm_start       with tol: start from the potentials of the last call, where the shapes are the same
     precision        as in solve_sample
     reach_x, reach_y each marginal its own; `reach` for one left out; a debiased loss with two that differ may be negative
@@ -216,6 +216,9 @@ class SamplesLoss(torch.nn.Module):
             raise InputError("expected label_cost_matrix with label_x and label_y; got None; pass it to SamplesLoss")
         if not self._labelled:
             return None, None, None
+        if not isinstance(self.label_cost_matrix, Tensor):
+            came = type(self.label_cost_matrix).__name__
+            raise InputError(f"expected a torch tensor for label_cost_matrix; got {came}; type torch.as_tensor(label_cost_matrix)")
         return label_x, label_y, self.label_cost_matrix * (self.lambda_y / self.lambda_x)
 
     @property

@@ -226,6 +226,19 @@ def test_a_part_of_a_debiased_batch_has_its_own_potentials():
         torch.testing.assert_close(result[i].potential_bb, alone.potential_bb, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("reg", "unbalanced"), [(0.06, 2000.0), (0.01, 1e4), (0.02, 1e5)])
+def test_unequal_masses_under_a_large_strength_converge_in_float32(reg, unbalanced):
+    """In a batch reg is a float32 tensor: what damping leaves of the lift, about reg/ρ, must not be a difference of ones."""
+    x, y, a, b = stacked(2, dtype=torch.float32)
+    both = {"reg": reg, "unbalanced": unbalanced, "tol": 3e-4}
+    result = otgen.solve_sample_batch(x, y, a, 2 * b, **both)
+    assert result.converged.all()
+    for i in range(2):
+        alone = otgen.solve_sample(x[i].double(), y[i].double(), a[i].double(), 2 * b[i].double(), **{**both, "tol": 1e-8})
+        assert float(result.value[i]) == pytest.approx(float(alone.value), rel=1e-3)
+        assert result.n_iters[i] <= 2 * alone.n_iters
+
+
 def test_indices():
     x, y, a, b = stacked()
     result = otgen.solve_sample_batch(x, y, a, b, reg=0.1)
@@ -250,6 +263,12 @@ OWNER = torch.arange(3).repeat_interleave(40)
         ((X, Y), {"reg": [0.1, 0.2]}, "for reg, or 3 of them"),
         ((X, Y), {"reg": [0.1, -0.2, 1.0]}, "above 0 for reg"),
         ((X, Y), {"reg": "small"}, "above 0 for reg"),
+        ((X, Y), {"reg": True}, "above 0 for reg"),
+        ((X, Y), {"reg": torch.tensor([True] * 3)}, "above 0 for reg"),
+        ((X, Y), {"reg": None, "blur": 1e200}, "2·blur² in the range of float64"),
+        ((X.float(), Y.float()), {"reg": 1e-60}, "reg in the range of float32"),
+        ((X, Y), {"unbalanced": torch.ones(3)}, "above 0 for unbalanced"),
+        ((X.to("meta"), Y.to("meta")), {}, "points with values in X_a"),
         ((X, Y), {"reg": None}, "one of reg and blur; got neither"),
         ((X, Y), {"blur": 0.1}, "one of reg and blur; got both"),
         ((X, Y, A[:, :5]), {}, r"weights a of shape \(3, 40\)"),
@@ -263,10 +282,13 @@ OWNER = torch.arange(3).repeat_interleave(40)
         ((X, Y), {"batch_a": OWNER}, "batch_a and batch_b, or neither"),
         ((FLAT, FLAT), {"batch_a": OWNER[:5], "batch_b": OWNER}, r"batch_a of shape \(120,\)"),
         ((FLAT, FLAT), {"batch_a": OWNER.double(), "batch_b": OWNER}, "batch_a of shape .* got .*float64"),
-        ((FLAT, FLAT), {"batch_a": OWNER - 1, "batch_b": OWNER}, "numbers from 0 in batch_a; got -1"),
+        ((FLAT, FLAT), {"batch_a": OWNER - 1, "batch_b": OWNER}, "numbers from 0 without gaps in batch_a; got -1"),
+        ((FLAT, FLAT), {"batch_a": OWNER, "batch_b": OWNER + 10**12}, "numbers from 0 without gaps in batch_b"),
+        ((FLAT, FLAT), {"batch_a": OWNER.to(torch.uint64), "batch_b": OWNER}, "batch_a of shape .* got .*uint64"),
         ((FLAT, FLAT), {"batch_a": 2 * OWNER, "batch_b": OWNER}, "X_a has none in 1"),
         ((FLAT, FLAT), {"batch_a": OWNER, "batch_b": 0 * OWNER}, "X_b has none in 1"),
         ((X, X), {"potentials_init": (A,)}, "potentials"),
+        ((X, X), {"potentials_init": ("f", "g")}, "a torch tensor for potentials_init"),
         ((X, X), {"potentials_init": A}, r"a pair \(f, g\)"),
         ((X, X), {"potentials_init": (A[:, :3], A)}, r"finite potentials of shape \(3, 40\); got \(3, 3\)"),
         ((X, X), {"potentials_init": (A * math.inf, A)}, "finite potentials"),

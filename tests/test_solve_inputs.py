@@ -124,3 +124,22 @@ def test_strided_and_expanded_tensors_work():
     result = otgen.solve_sample(point.expand(40, 4), y, torch.tensor(1 / 40, dtype=torch.float64).expand(40), b, reg=0.1)
     result.value.backward()
     torch.testing.assert_close(point.grad, 2 * (point.detach() - b @ y), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["anderson", "alternating", "newton"])
+@pytest.mark.parametrize("unbalanced", [None, 0.5])
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_point_without_weight_ends_with_the_update_from_the_solution(method, unbalanced, debias):
+    """However soon the loop stops: its potential is the softmin, and so is the derivative in its weight."""
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([[0.0, 0.1], [0.9, 0.0]], dtype=torch.float64)
+    a, b = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    both = {"reg": 0.5, "tol": 1e-12, "unbalanced": unbalanced, "debias": debias, "method": method}
+    result = otgen.solve_sample(x, y, a.requires_grad_(), b, **both)
+    costs, factor = torch.cdist(x, y).square(), 1.0 if unbalanced is None else 0.5 / 1.0
+    soft = -0.5 * torch.logsumexp((result.potential_b - costs) / 0.5 + b.log(), 1)
+    torch.testing.assert_close(result.potential_a, factor * soft, rtol=1e-8, atol=1e-8)
+    result.value.backward()
+    moved = torch.tensor([1.0 - 1e-6, 1e-6], dtype=torch.float64)
+    slope = (otgen.solve_sample(x, y, moved, b, **both).value - result.value.detach()) / 1e-6
+    assert float(a.grad[1] - a.grad[0]) == pytest.approx(float(slope), rel=1e-3, abs=1e-3)

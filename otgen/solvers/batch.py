@@ -17,9 +17,9 @@ from torch import Tensor
 from otgen.errors import InputError, UsageError, unknown
 from otgen.problem import Value
 from otgen.solvers import options
-from otgen.solvers.batch_inputs import GivenBatch, Side, centre_batch, index_of, numbers, read_batch
+from otgen.solvers.batch_inputs import GivenBatch, Side, centre_batch, index_of, read_batch, regularisations
 from otgen.solvers.engine import METHODS, Callback, Course, divergence, precision_of
-from otgen.solvers.inputs import Clouds
+from otgen.solvers.inputs import Clouds, as_tensor
 from otgen.solvers.kernels import kernels_of
 from otgen.solvers.labels import Labels, labelled, read_labels
 from otgen.solvers.result import LOGGED, ConvergenceWarning, OTResult, how
@@ -80,8 +80,6 @@ def solve_sample_batch(
         raise unknown("method", str(method), ["auto", *METHODS])
     if method == "newton":
         raise UsageError("expected a method that takes batches; got 'newton', which takes one problem; type method='anderson'")
-    if (reg is None) == (blur is None):
-        raise InputError(f"expected one of reg and blur; got {'neither' if reg is None else 'both'}; type for example reg=0.1")
     detached, tune = options.gradient(grad) == "detach", options.tuning(tune)
     rho_a, rho_b = options.relaxation(unbalanced, unbalanced_type, reach)
     limits = options.tolerance(tol), options.count_of(max_iter)
@@ -89,7 +87,7 @@ def solve_sample_batch(
     given = read_batch(X_a, X_b, a, b, batch_a, batch_b)
     labels = _labels(given, read_labels(labels_a, labels_b, label_cost, given.x.laid, given.y.laid, numpy=given.numpy))
     clouds = labelled(centre_batch(given, balanced=math.isinf(rho_a) and math.isinf(rho_b)), labels)
-    eps = numbers("reg", reg, clouds) if blur is None else 2.0 * numbers("blur", blur, clouds) ** 2
+    eps = regularisations(reg, blur, clouds)
 
     def modes(name: str) -> tuple[str, ...]:
         return batch_modes(name, clouds, eps, limits[0])
@@ -264,7 +262,7 @@ def _pair(given: GivenBatch, potentials: tuple[Any, Any] | None) -> tuple[Tensor
         raise InputError(f"expected a pair (f, g) for potentials_init; got {type(potentials).__name__}; type result.potentials")
     found = []
     for side, potential in zip((given.x, given.y), potentials):
-        tensor = torch.as_tensor(potential).detach().to(side.points)
+        tensor = as_tensor("potentials_init", potential, given.numpy).detach().to(side.points)
         shape = side.points.shape[:2] if side.places is None else side.places[0].shape
         if tensor.shape != shape or not bool(tensor.isfinite().all()):
             came = f"{tuple(tensor.shape)}" if tensor.shape != shape else "NaN or infinite ones"

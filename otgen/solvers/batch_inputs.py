@@ -14,6 +14,8 @@ from otgen.errors import InputError
 from otgen.ops import LARGEST_BATCH
 from otgen.solvers.inputs import DTYPES, MASS_TOLERANCE, Clouds, Given, as_tensor, require_alike, working_dtype
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class Side:
@@ -82,6 +84,8 @@ def read_batch(X_a: Any, X_b: Any, a: Any, b: Any, batch_a: Any, batch_b: Any) -
             raise InputError(f"expected {name} of shape {wanted}, not empty; got {tuple(points.shape)}; type {hint}")
         if points.dtype not in DTYPES:
             raise InputError(f"expected floating-point points in {name}; got {points.dtype}; type {name}.float()")
+        if points.is_meta:
+            raise InputError(f"expected points with values in {name}; got a meta tensor; type device='cpu' where it is made")
     require_alike("X_b", y, x, "X_a")
     if x.shape[-1] != y.shape[-1]:
         raise InputError(f"expected clouds of one dimension; got X_a {tuple(x.shape)} and X_b {tuple(y.shape)}; mend the data")
@@ -184,30 +188,47 @@ def _weights(name: str, weights: Any, points: Tensor, numpy: bool) -> Tensor | N
 
 def _owners(name: str, index: Any, points: Tensor, numpy: bool) -> Tensor:
     owner = as_tensor(name, index, numpy)
-    if owner.is_floating_point() or owner.dtype == torch.bool or owner.shape != points.shape[:1]:
-        came = f"{tuple(owner.shape)} of {owner.dtype}"
-        raise InputError(
-            f"expected {name} of shape ({len(points)},), the number of each point's problem; got {came}; type {name}.long()"
-        )
+    if owner.dtype not in INTEGERS or owner.shape != points.shape[:1]:
+        came = f"{tuple(owner.shape)} of {str(owner.dtype).removeprefix('torch.')}"
+        raise InputError(f"expected {name} of shape ({len(points)},), int64, the number of each point's problem; got {came}")
     if owner.device != points.device:
         raise InputError(f"expected {name} on the points' device {points.device}; got {owner.device}; type {name}.to(X_a.device)")
-    if bool((owner < 0).any()):
-        raise InputError(f"expected numbers from 0 in {name}; got {int(owner.min())}; renumber the problems")
+    lowest, highest = int(owner.min()), int(owner.max())
+    if lowest < 0 or highest >= len(owner):
+        raise InputError(f"expected numbers from 0 without gaps in {name}; got {lowest} to {highest}; renumber the problems")
     return owner.long()
 
 
 def numbers(name: str, given: Any, like: Clouds) -> Tensor:
-    """(batch, 1): one positive number for all problems, or a sequence, array or tensor of one for each. Raises InputError."""
+    """(batch, 1), float64: one positive number for all problems, or a sequence of one for each. Raises InputError."""
     count = len(like.a)
     try:
         values = torch.as_tensor(given, dtype=torch.float64).detach().to(like.a.device)
     except (TypeError, ValueError, RuntimeError):
         values = torch.full((), torch.nan)
-    if values.ndim > 1 or values.numel() not in (1, count) or not bool((values.isfinite() & (values > 0)).all()):
+    kind = str(getattr(given, "dtype", type(given).__name__))
+    if "bool" in kind or values.ndim > 1 or values.numel() not in (1, count) or not _positive(values):
         raise InputError(
             f"expected a finite number above 0 for {name}, or {count} of them; got {given!r}; type for example {name}=0.1"
         )
-    return values.expand(count).to(like.a.dtype)[:, None].contiguous()
+    return values.expand(count)[:, None]
+
+
+def regularisations(reg: Any, blur: Any, like: Clouds) -> Tensor:
+    """(batch, 1) of the clouds' dtype: reg, or 2·blur². Raises InputError for neither, both, and what is not positive there."""
+    if (reg is None) == (blur is None):
+        raise InputError(f"expected one of reg and blur; got {'neither' if reg is None else 'both'}; type for example reg=0.1")
+    name, eps = ("reg", numbers("reg", reg, like)) if blur is None else ("2·blur²", 2.0 * numbers("blur", blur, like).square())
+    found = eps.to(like.a.dtype).contiguous()
+    if not _positive(found):
+        raise InputError(
+            f"expected {name} in the range of {str(found.dtype).removeprefix('torch.')}; got another; pass float64 points"
+        )
+    return found
+
+
+def _positive(values: Tensor) -> bool:
+    return bool((values.isfinite() & (values > 0)).all())
 
 
 def index_of(i: Any, count: int) -> int:

@@ -19,6 +19,8 @@ from torch import Tensor
 from otgen.errors import InputError
 from otgen.solvers.inputs import Clouds, as_tensor, working_dtype
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 NAMES = ("labels_a", "labels_b", "label_cost")
 
 
@@ -49,9 +51,11 @@ def read_labels(
     found = []
     for name, value, points in ((names[0], labels_a, x), (names[1], labels_b, y)):
         labels = as_tensor(name, value, numpy)
-        if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != points.shape[:-1]:
+        if labels.dtype not in INTEGERS or labels.shape != points.shape[:-1]:
             came = f"{tuple(labels.shape)} of {str(labels.dtype).removeprefix('torch.')}"
-            raise InputError(f"expected {name} of shape {tuple(points.shape[:-1])}, integers; got {came}; type {name}.long()")
+            raise InputError(
+                f"expected {name} of shape {tuple(points.shape[:-1])}, integers; got {came}; pass a class for each point"
+            )
         if labels.device != points.device:
             raise InputError(f"expected {name} on the points' device {points.device}; got {labels.device}; move it there")
         lowest, highest = int(labels.min()), int(labels.max())

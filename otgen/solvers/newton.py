@@ -134,7 +134,8 @@ def newton(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
             error = float(point.missed) if error is None else error
             watch.look(torch.tensor([error], dtype=torch.float64), n)
             if not watch.running.any():
-                return watch.outcome(point.u, point.v, point.r, point.c, np.array([passes]))
+                u = torch.where(steps.clouds.a > 0, point.u, point.image)
+                return watch.outcome(u, point.v, point.r, point.c, np.array([passes]))
         n += 1
         if plain == 0 and error is not None:
             enough = max(forcing, 0.5 * watch.tol / error)

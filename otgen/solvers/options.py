@@ -47,8 +47,15 @@ def relaxation(unbalanced: Any, kind: Any, reach: Any) -> tuple[float, float]:
     if len(sides) != 2:
         raise InputError(f"expected one number or a pair for {name}; got {len(sides)} of them; type {name}=(1.0, None)")
     strength = positive if reach is None else _doubled_square
-    one, other = (math.inf if side is None or side == math.inf else strength(name, side) for side in sides)
+    one, other = (math.inf if side is None or _infinite(side) else strength(name, side) for side in sides)
     return one, other
+
+
+def _infinite(number: Any) -> bool:
+    try:
+        return float(number) == math.inf
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _doubled_square(name: str, number: Any) -> float:
@@ -64,7 +71,7 @@ def _boolean(number: Any) -> bool:
 def positive(name: str, number: Any) -> float:
     try:
         converted = math.nan if _boolean(number) else float(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         converted = math.nan
     if not 0.0 < converted < math.inf:
         raise InputError(f"expected a finite number above 0 for {name}; got {number!r}; type for example {name}=0.1")

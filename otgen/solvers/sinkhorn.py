@@ -157,6 +157,8 @@ class Watch:
 def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated: bool = False) -> Outcome:
     """Gauss–Seidel, f ← T_f(g) then g ← T_g(f), from (u, v). Its columns fit exactly, so the error is that of the rows.
 
+    Points without weight, which decide nothing, end with the update from the final pair, wherever they began.
+
     accelerated  whether the iterates of u are mixed (`otgen.solvers.anderson`). Should a mixture leave the range of the dtype, the
                  loop goes on from the last error it saw, without mixing
     """
@@ -173,6 +175,7 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
         if watch.due(n):
             marginal, error = steps.row_miss(u, rho)
             r = steps.moved(marginal, r)
+            u = torch.where(steps.clouds.a > 0, u, image)
             lost = watch.look(error, n, forgiven=mixing)
             if not watch.running.any():
                 return watch.outcome(u, v, r, every.swapped.row_target(v), 1 + 2 * watch.ended)
@@ -248,6 +251,7 @@ def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
         if watch.due(n):
             marginal, missed = steps.row_miss(u, rho)
             r = steps.moved(marginal, r)
+            u = torch.where(steps.clouds.a > 0, u, 2.0 * half - u)
             watch.look(2.0 * missed, n)
             if not watch.running.any():
                 return watch.outcome(u, u, r, r, 1 + watch.ended)

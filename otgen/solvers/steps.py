@@ -114,16 +114,21 @@ class Steps:
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of u from v, and the row sums of the pair that came in."""
         c = self.clouds
-        options: dict[str, Any] = {"damping": damping(self.eps, self.rho_a), "step": step}
-        out, rho = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **options, **self.launch)
-        return self.lowered(out, step), rho
+        out, rho = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, step=step, **self.launch)
+        return self.relaxed(out, u, step), rho
 
-    def lowered(self, u: Tensor, step: float) -> Tensor:
-        """What an update leaves of u: damping, of which kernels know nothing but that it shrinks f, has shrunk `lift` with it."""
-        if math.isinf(self.rho_a) or (isinstance(self.lift, float) and self.lift == 0.0):
-            return u
-        lowered: Tensor = u - step * (1.0 - damping(self.eps, self.rho_a)) * kappa(self.eps) * self.lift
-        return lowered if self.clouds.real is None else torch.where(self.clouds.real, lowered, u)
+    def relaxed(self, out: Tensor, u: Tensor, step: float) -> Tensor:
+        """The update of u, of which `out` is what it would be if the marginal had to fit: a share ρ/(ρ + eps) of the new f.
+
+        What the share takes away is computed for itself. Under a large ρ it is tiny, and decides all the same where f and −g end up
+        together: 1 − ρ/(ρ + eps) in float32 would lose it.
+        """
+        if math.isinf(self.rho_a):
+            return out
+        full = out if step == 1.0 else u + (out - u) / step
+        taken = (self.eps / (self.rho_a + self.eps)) * (full + scale(self.eps) / 2 * self.clouds.x_sq + kappa(self.eps) * self.lift)
+        less: Tensor = out - step * taken
+        return less if self.clouds.real is None else torch.where(self.clouds.real, less, out)
 
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of v from u, and the column sums of the pair that came in."""
@@ -132,9 +137,8 @@ class Steps:
     def both(self, u: Tensor, v: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both updates from the old pair, and its row and column sums."""
         c = self.clouds
-        both: dict[str, Any] = {"damping_a": damping(self.eps, self.rho_a), "damping_b": damping(self.eps, self.rho_b)}
-        u, v, rho, gamma = ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **both, **self.launch)
-        return self.lowered(u, step), self.swapped.lowered(v, step), rho, gamma
+        u_out, v_out, rho, gamma = ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **self.launch)
+        return self.relaxed(u_out, u, step), self.swapped.relaxed(v_out, v, step), rho, gamma
 
     @property
     def launch(self) -> dict[str, Any]:
