@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from otgen import opaque
 from otgen.errors import InputError, UsageError, unknown
 from otgen.solvers import schedule
 from otgen.solvers.batch import BatchResult, batch_modes, solve_sample_batch
@@ -24,6 +25,7 @@ from otgen.solvers.result import ConvergenceWarning, OTResult
 from otgen.solvers.sample import solve_sample
 from otgen.solvers.schedule import Schedule
 from otgen.solvers.steps import Steps
+from otgen.tracing import Options, is_traced
 
 BACKENDS = ("auto", "tensorized", "online", "multiscale")
 
@@ -31,7 +33,7 @@ SCHEDULE_TOL = 1e-5
 """The marginal error that the precision of a schedule must leave within reach, for it has no tolerance of its own."""
 
 
-class SamplesLoss(torch.nn.Module):
+class SamplesLoss(Options):
     """The Sinkhorn divergence, or the entropic transport cost, of two weighted samples, for C = ½|x − y|².
 
     ``loss(x, y)`` and ``loss(a, x, b, y)`` with points (n, d), (m, d) and weights (n,), (m,) give a scalar; with (B, n, d),
@@ -138,6 +140,7 @@ class SamplesLoss(torch.nn.Module):
         self.precision, self.allow_tf32 = precision, allow_tf32
         self._solved: Solved | None = None
         self._check()
+        self._freeze()
 
     @property
     def last_result(self) -> OTResult | BatchResult | None:
@@ -146,9 +149,9 @@ class SamplesLoss(torch.nn.Module):
 
     def forward(self, *args: Tensor | None, label_x: Any = None, label_y: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of (x, y) or (a, x, b, y), or its potentials; with the classes of the points where there are label costs."""
-        self._check()
-        problem = renamed(problem_of, args, self._labels(label_x, label_y))
-        self._solved = renamed(self._to_tol if self._to_tolerance else self._scheduled, problem)
+        if is_traced():
+            return opaque.call(self, args, label_x, label_y)
+        problem, self._solved = self._solve(args, label_x, label_y)
         return self._solved.potentials(problem) if self.potentials else self._solved.value(problem)
 
     def extra_repr(self) -> str:
@@ -162,6 +165,11 @@ class SamplesLoss(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_solved": None}
+
+    def _solve(self, args: tuple[Tensor | None, ...], label_x: Any, label_y: Any) -> tuple[Problem, Solved]:
+        self._check()
+        problem = renamed(problem_of, args, self._labels(label_x, label_y))
+        return problem, renamed(self._to_tol if self._to_tolerance else self._scheduled, problem)
 
     def _scheduled(self, problem: Problem) -> Solved:
         started, given, batched = time.perf_counter(), problem.given, problem.batched

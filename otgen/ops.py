@@ -7,7 +7,8 @@ Triton's interpreter, as if the GPU were NOMINAL_GPU.
 Every function takes contiguous tensors without autograd, returns new ones, and never synchronises host and GPU in float32. Vectors
 have float32, or float64 with float64 coordinates. `modes` are the admissible precision modes (`otgen.precision`); streamed PyTorch
 computes in the coordinates' own precision and needs none. The launches of sinkhorn and transport also take batches: tensors with an
-axis of problems ahead, their `extents`, and scale and damping (batch, 1), or one for all. Formulas and notation: `otgen.families`.
+axis of problems ahead, their `extents`, and scale and damping (batch, 1), or one for all. Traced by torch.compile, they are the
+operators of `otgen.library`. Formulas and notation: `otgen.families`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from otgen import chunked, chunked_batch
+from otgen.tracing import opaque
 
 if TYPE_CHECKING:
     from otgen.dispatch import Kernel
@@ -145,6 +147,7 @@ def _per_problem(value: Scalar, like: Tensor) -> Tensor:
     return given.to(like.dtype).expand(len(like), 1)[:, 0].contiguous()
 
 
+@opaque
 def sinkhorn_half_step(
     x: Tensor,
     y: Tensor,
@@ -169,6 +172,7 @@ def sinkhorn_half_step(
     return u_out, rho
 
 
+@opaque
 def sinkhorn_symmetric_step(
     x: Tensor,
     y: Tensor,
@@ -195,6 +199,7 @@ def sinkhorn_symmetric_step(
     return u_out, v_out, rho, gamma
 
 
+@opaque
 def apply_plan(
     x: Tensor,
     y: Tensor,
@@ -217,6 +222,7 @@ def apply_plan(
     return out
 
 
+@opaque
 def plan_gradient(
     x: Tensor,
     y: Tensor,
@@ -238,6 +244,7 @@ def plan_gradient(
     return out
 
 
+@opaque
 def hvp_matvec(
     x: Tensor,
     y: Tensor,
@@ -261,6 +268,7 @@ def hvp_matvec(
     return out
 
 
+@opaque
 def hvp_assemble(
     x: Tensor,
     y: Tensor,
