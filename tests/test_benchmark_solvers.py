@@ -10,19 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "solvers.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 pytestmark = pytest.mark.usefixtures("streamed")
 
 
-@pytest.fixture(scope="module")
-def solvers():
-    spec = importlib.util.spec_from_file_location("benchmark_solvers", FILE)
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def solvers():
+    yield from benchmark("solvers")
+
+
+@pytest.fixture(scope="module")
+def second_order():
+    yield from benchmark("second_order")
 
 
 @pytest.mark.parametrize("name", ["otgen", "GeomLoss tensorized", "POT sinkhorn_log", "POT lazy", "OTT-JAX"])
@@ -54,3 +63,13 @@ def test_the_best_peer_counts_and_a_peer_out_of_time_counts_as_having_taken_it(s
     ]
     assert solvers.best_ratios(rows) == [4.0]
     assert solvers.best_ratios([rows[0], rows[-1]]) == [30.0]
+
+
+@pytest.mark.parametrize("name", ["otgen", "unrolled"])
+def test_hessian_vector_products_are_compared_on_the_same_problem(second_order, name, monkeypatch):
+    """Both find the product that is solved to the end."""
+    monkeypatch.setattr(second_order.torch, "set_num_threads", lambda threads: None)
+    row = second_order.attempt(name, 40)
+    assert row["error"] < 1e-6
+    assert row["updates"] > 0
+    assert row["seconds"] > 0

@@ -205,7 +205,7 @@ def test_a_flag_chooses_the_problems(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
     """SIGINT in the middle of a real run: 130, what was finished is stored, the printed command goes on with the rest."""
     db = tmp_path / "tuning.db"
-    words = ["tune", "--gpu", "a100", "--family", "sinkhorn", "--shape", "256x256x16", "--max-trials", "12", "--db", str(db)]
+    words = ["tune", "--gpu", "a100", "--family", "sinkhorn", "--shape", "256x256x16", "--max-trials", "24", "--db", str(db)]
     command = [sys.executable, "-m", "otgen", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120

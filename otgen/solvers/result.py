@@ -11,7 +11,7 @@ from otgen.errors import InputError
 from otgen.problem import Variant
 from otgen.solvers import operator as operators
 from otgen.solvers import plan as plans
-from otgen.solvers import second
+from otgen.solvers import second, trust
 from otgen.solvers.inputs import Given
 from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
@@ -267,6 +267,8 @@ class OTResult:
         docs/second_order.md.
         """
         return second.answered(self._divergence, self._given, v, v_b, tol, log)
+
+    inverse_hvp = trust.inverse_hvp
 
     def to_dual_potentials(self) -> DualPotentials:
         """`.f(x)`, `.g(y)` and `.transport(x)` at points outside the sample (`otgen.solvers.semidual`)."""
