@@ -205,9 +205,11 @@ def test_a_flag_chooses_the_problems(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
     """SIGINT in the middle of a real run: 130, what was finished is stored, the printed command goes on with the rest."""
     db = tmp_path / "tuning.db"
-    words = ["tune", "--gpu", "a100", "--family", "sinkhorn", "--shape", "256x256x16", "--max-trials", "24", "--db", str(db)]
+    words = ["tune", "--gpu", "a100", "--family", "sinkhorn", "--shape", "256x256x16", "--max-trials", "12", "--db", str(db)]
     command = [sys.executable, "-m", "otgen", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs start deaf to it
+    process = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=listening)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and trials(db) < 3:
         time.sleep(0.2)
