@@ -170,7 +170,8 @@ def assemble(
 
 
 def exponentials(x: Tensor, y: Tensor, u: Tensor, v: Tensor, scale: float | Tensor, *, out: Tensor) -> None:
-    """2^S, (…, n, m), all at once; `scale` as for `left_factor`."""
+    """2^S, (…, n, m), all at once; for a batch `scale` is (batch, 1)."""
+    scale = scale[..., None] if isinstance(scale, Tensor) else scale
     torch.matmul(left_factor(x, u, scale), right_factor(y, v).mT, out=out).exp2_()
 
 

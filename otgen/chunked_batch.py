@@ -165,8 +165,9 @@ def _log_sums(sums: Tensor, inside: Tensor, left: Tensor, right: Tensor, weights
 
 
 def _updated(u: Tensor, log_rho: Tensor, x_sq: Tensor, scale: Tensor, damping: Tensor, step: float) -> Tensor:
-    damping = damping[:, None]
-    return torch.lerp(u, damping * (u - log_rho) - (1.0 - damping) * scale / 2 * x_sq, step)
+    out = torch.empty_like(u)
+    chunked.update(u, log_rho, x_sq, scale, damping[:, None], step, out)
+    return out
 
 
 def _write(inside: Tensor, potentials: Tensor, sums: Tensor, out: Tensor, sums_out: Tensor) -> None:

@@ -143,8 +143,9 @@ def _launch(
 
 def _per_problem(value: Scalar, like: Tensor) -> Tensor:
     """(batch,): one number for each problem of potentials `like` (batch, n)."""
-    given = value if isinstance(value, Tensor) else like.new_tensor(value)
-    return given.to(like.dtype).expand(len(like), 1)[:, 0].contiguous()
+    if not isinstance(value, Tensor):
+        return like.new_full(like.shape[:1], value)
+    return value.to(like.dtype).expand(len(like), 1)[:, 0].contiguous()
 
 
 @opaque

@@ -141,3 +141,9 @@ def measures(dtype=torch.float64, mass=1.0, batch=None, n=40, m=30):
         x, y, a, b = problem(n, m, seed=k, dtype=dtype)
         parts.append((a, (1 + k) * x, mass * b, y - k))
     return parts[0] if batch is None else tuple(torch.stack(tensors) for tensors in zip(*parts))
+
+
+def batch(dtype=torch.float64):
+    """Three problems of one size, the second as easy as can be."""
+    x, y = (torch.stack([cloud, 0.1 * cloud, 2.0 * cloud]) for cloud in problem(dtype=dtype)[:2])
+    return x, y

@@ -7,14 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from clouds import problem
+from clouds import batch, problem
 
 import otgen
 from otgen import dispatch, ops, tuner
 from otgen.dispatch import Choice
 from otgen.errors import InputError, NoValidVariant, UsageError
 from otgen.families import family
-from otgen.precision import LOG2_E
 from otgen.problem import Problem, Variant
 from otgen.ranking import centre
 from otgen.solvers import kernels
@@ -26,26 +25,6 @@ pytestmark = pytest.mark.usefixtures("streamed")
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 1, "precision": "ieee", "stabiliser": "running"}
 HALF, BOTH = {**SMALL, "fusion": "half_step"}, {**SMALL, "fusion": "one_launch", "SPLITS": 1}
 """Variants of the alternating and of the symmetric sinkhorn kernels that nobody would choose."""
-
-
-def batch(dtype=torch.float64):
-    """Three problems of one size, the second as easy as can be."""
-    x, y = (torch.stack([cloud, 0.1 * cloud, 2.0 * cloud]) for cloud in problem(dtype=dtype)[:2])
-    return x, y
-
-
-@pytest.fixture
-def sweeps(monkeypatch):
-    """The regularisation of each half step (a number, or those of a batch) as it is launched; symmetric steps count for none."""
-    seen = []
-    half_step = ops.sinkhorn_half_step
-
-    def spied(*args, scale, **options):
-        seen.append(2.0 * LOG2_E / (scale[:, 0].clone() if isinstance(scale, torch.Tensor) else scale))
-        return half_step(*args, scale=scale, **options)
-
-    monkeypatch.setattr(ops, "sinkhorn_half_step", spied)
-    return seen
 
 
 @pytest.fixture

@@ -5,29 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from clouds import problem
+from clouds import batch, problem
 
 import otgen
-from otgen import dispatch, ops
+from otgen import ops
 from otgen.errors import UsageError
 from otgen.precision import LOG2_E
-from otgen.solvers import kernels
 from otgen.solvers.annealing import FACTOR
 from otgen.solvers.engine import METHODS, _merged
 from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.sinkhorn import Outcome
 
 pytestmark = pytest.mark.usefixtures("streamed")
-
-SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 1, "precision": "ieee", "stabiliser": "running"}
-HALF, BOTH = {**SMALL, "fusion": "half_step"}, {**SMALL, "fusion": "one_launch", "SPLITS": 1}
-"""Variants of the alternating and of the symmetric sinkhorn kernels that nobody would choose."""
-
-
-def batch(dtype=torch.float64):
-    """Three problems of one size, the second as easy as can be."""
-    x, y = (torch.stack([cloud, 0.1 * cloud, 2.0 * cloud]) for cloud in problem(dtype=dtype)[:2])
-    return x, y
 
 
 @pytest.fixture
@@ -42,18 +31,6 @@ def sweeps(monkeypatch):
 
     monkeypatch.setattr(ops, "sinkhorn_half_step", spied)
     return seen
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels under the interpreter, and nothing tuned or pinned."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch._DISPATCHER, "_databases", ())
-    monkeypatch.setattr(dispatch._DISPATCHER, "_pins", {})
-    monkeypatch.setattr(kernels, "_SEEN", set())
-    dispatch.forget()
-    yield
-    dispatch.forget()
 
 
 # grad

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from otgen.errors import InputError
 from otgen.ops import LARGEST_BATCH
-from otgen.solvers.inputs import DTYPES, MASS_TOLERANCE, Clouds, Given, as_tensor, require_alike, working_dtype
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from otgen.solvers.inputs import DTYPES, INTEGERS, MASS_TOLERANCE, Clouds, Given, as_tensor, require_alike, working_dtype
+from otgen.solvers.options import either
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +215,7 @@ def numbers(name: str, given: Any, like: Clouds) -> Tensor:
 
 def regularisations(reg: Any, blur: Any, like: Clouds) -> Tensor:
     """(batch, 1) of the clouds' dtype: reg, or 2·blur². Raises InputError for neither, both, and what is not positive there."""
-    if (reg is None) == (blur is None):
-        raise InputError(f"expected one of reg and blur; got {'neither' if reg is None else 'both'}; type for example reg=0.1")
+    either(reg, blur)
     name, eps = ("reg", numbers("reg", reg, like)) if blur is None else ("2·blur²", 2.0 * numbers("blur", blur, like).square())
     found = eps.to(like.a.dtype).contiguous()
     if not _positive(found):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from otgen.solvers.inputs import Clouds
-from otgen.solvers.newton import LOOK
+from otgen.solvers.newton import LOOK, dot
 from otgen.solvers.sinkhorn import interval
 
 
@@ -85,7 +85,3 @@ def solved(
     residual = math.sqrt(max(left, 0.0) / begun) if begun > 0.0 else begun
     limits.done(k, sweeps, residual, left <= least)
     return w, beside
-
-
-def dot(one: Tensor, other: Tensor) -> Tensor:
-    return one.double() @ other.double()

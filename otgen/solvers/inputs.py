@@ -21,6 +21,8 @@ from otgen.ops import Extents
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 MASS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest relative difference of two masses that rounding of normalised weights explains."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from otgen import chunked, ops
+from otgen.solvers.inputs import Clouds
 from otgen.solvers.steps import Steps, scale
 
 KEPT_BYTES = 1 << 27
@@ -28,9 +29,13 @@ def keepable(steps: Steps) -> bool:
     small = c.a.numel() * c.y.shape[-2] * c.x.element_size() <= KEPT_BYTES
     if not (small and ops.streamed(c.x) and c.x.device.type == "cpu"):
         return False
-    return all(
-        bool((side.a > 0 if real is None else (side.a > 0) | ~real).all()) for side in (c, c.swapped) for real in (side.real,)
-    )
+    return _weighted(c) and _weighted(c.swapped)
+
+
+def _weighted(side: Clouds) -> bool:
+    """Whether every point of the first side has weight; padding is none."""
+    weighted = side.a > 0
+    return bool((weighted if side.real is None else weighted | ~side.real).all())
 
 
 class _Matrix:
@@ -45,9 +50,8 @@ class _Matrix:
         """Row sums at (u, v), or column sums; the matrix is taken there first when it is too far away."""
         clouds = self._steps.clouds
         if self._pair is None or max(float((new - old).abs().max()) for new, old in zip((u, v), self._pair)) > REACH:
-            factor = scale(self._steps.eps)
-            factor = factor[..., None] if isinstance(factor, Tensor) else factor
-            chunked.exponentials(clouds.x, clouds.y, clouds.filled(u), clouds.swapped.filled(v), factor, out=self._values)
+            pair = clouds.filled(u), clouds.swapped.filled(v)
+            chunked.exponentials(clouds.x, clouds.y, *pair, scale(self._steps.eps), out=self._values)
             self._pair = u.clone(), v.clone()
         up, across = torch.exp2(u - self._pair[0]), torch.exp2(v - self._pair[1])
         if transposed:

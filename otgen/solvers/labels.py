@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from otgen.errors import InputError
-from otgen.solvers.inputs import Clouds, as_tensor, working_dtype
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from otgen.solvers.inputs import INTEGERS, Clouds, as_tensor, working_dtype
 
 NAMES = ("labels_a", "labels_b", "label_cost")
 

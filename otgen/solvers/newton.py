@@ -97,7 +97,7 @@ class _Point:
 
     def slope(self, direction: Tensor) -> Tensor:
         """The derivative of the semi-dual along a direction of u, times kappa."""
-        return _dot(self.steps.row_target(self.u) - self.r, direction)
+        return dot(self.steps.row_target(self.u) - self.r, direction)
 
     def gain(self, other: _Point) -> Tensor:
         """By how much the semi-dual at `other` is larger, times kappa; from differences, so that little is lost to rounding."""
@@ -107,7 +107,7 @@ class _Point:
     def noise(self) -> Tensor:
         """What rounding of the potentials may add to `gain`."""
         clouds = self.steps.clouds
-        return torch.finfo(self.u.dtype).eps * (_dot(clouds.a, self.u.abs()) + _dot(clouds.b, self.v.abs()))
+        return torch.finfo(self.u.dtype).eps * (dot(clouds.a, self.u.abs()) + dot(clouds.b, self.v.abs()))
 
 
 def newton(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
@@ -190,15 +190,15 @@ def _direction(point: _Point, forcing: float, radius: float, look: int) -> tuple
     z = system.projected(torch.where(system.counted, point.residual, 0.0))
     q = system.diagonal * z
     d, p = torch.zeros_like(z), z
-    first = size = _dot(q, z)
+    first = size = dot(q, z)
     for inner in range(1, INNER + 1):
         product = system.product(p)
-        rounding = torch.finfo(dtype).eps * _dot(p, system.diagonal * p)
-        curvature = _dot(p, product) - rounding
+        rounding = torch.finfo(dtype).eps * dot(p, system.diagonal * p)
+        curvature = dot(p, product) - rounding
         step = (size / curvature.clamp(min=rounding)).to(dtype)
         d, q = d + step * p, q - step * product
         z = system.preconditioned(q)
-        last, size = size, _dot(q, z)
+        last, size = size, dot(q, z)
         if inner % look == 0:
             room = radius - d.abs().max().double()
             if not min(torch.stack((size - forcing**2 * first, curvature, room)).tolist()) > 0.0:
@@ -245,7 +245,7 @@ class _System:
         """z (n,) without its mean in the measure of the rows, when balanced; zeros stay where nothing counts."""
         if not self.point.steps.balanced:
             return z
-        return torch.where(self.counted, z - (_dot(self.diagonal, z) / self.mass).to(z.dtype), 0.0)
+        return torch.where(self.counted, z - (dot(self.diagonal, z) / self.mass).to(z.dtype), 0.0)
 
 
 def _gain(steps: Steps, old: Tensor, new: Tensor) -> Tensor:
@@ -257,5 +257,5 @@ def _gain(steps: Steps, old: Tensor, new: Tensor) -> Tensor:
     return torch.where(target > 0, target * moved, 0.0).sum()
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
+def dot(one: Tensor, other: Tensor) -> Tensor:
     return one.double() @ other.double()

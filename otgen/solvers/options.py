@@ -26,10 +26,15 @@ def regularisation(reg: Any, blur: Any) -> float:
 
     Raises InputError for neither, for both, and for what is no positive number.
     """
+    either(reg, blur)
+    return positive("reg", reg) if blur is None else _doubled_square("blur", blur)
+
+
+def either(reg: Any, blur: Any) -> None:
+    """Raise InputError for neither, and for both."""
     if (reg is None) == (blur is None):
         came = "neither" if reg is None else "both"
         raise InputError(f"expected one of reg and blur; got {came}; type for example reg=0.1, which is blur=0.05**0.5")
-    return positive("reg", reg) if blur is None else _doubled_square("blur", blur)
 
 
 def relaxation(unbalanced: Any, kind: Any, reach: Any) -> tuple[float, float]:

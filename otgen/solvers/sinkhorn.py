@@ -103,7 +103,7 @@ class Watch:
 
     def look(self, error: Tensor, n: int, forgiven: np.ndarray | None = None) -> np.ndarray:
         """Takes the errors (…, 1) met after `n` iterations, and stops problems. Returns which of those `forgiven` met NaN."""
-        met = error.detach().reshape(-1).cpu().double().numpy()
+        met = _on_host(error)
         self.met.append(np.where(self.running, met, np.nan))
         self._callback(n, float(met[self.running].max()))
         better = met < self.best
@@ -127,7 +127,7 @@ class Watch:
 
     def replaced(self, error: Tensor) -> np.ndarray:
         """Which problems did no worse by one more iteration, whose errors (…, 1) these are; it counts for them."""
-        met = error.detach().reshape(-1).cpu().double().numpy()
+        met = _on_host(error)
         better: np.ndarray = met <= self.error
         if better.any():
             self.met.append(np.where(better, met, np.nan))
@@ -257,6 +257,12 @@ def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
                 return watch.outcome(u, u, r, r, 1 + watch.ended)
             steps = watch.working(every)
         u = steps.moved(half, u)
+
+
+def _on_host(error: Tensor) -> np.ndarray:
+    """(problems,) of errors (…, 1)."""
+    found: np.ndarray = error.detach().reshape(-1).cpu().double().numpy()
+    return found
 
 
 def interval(x: Tensor) -> int:

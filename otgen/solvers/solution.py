@@ -111,10 +111,8 @@ class Solution:
     def plan(self) -> Tensor:
         """(n, m), all at once."""
         a, b = self.clouds.a[..., None], self.clouds.b[..., None, :]
-        factor = scale(self.eps)
-        factor = factor[..., None] if isinstance(factor, Tensor) else factor
         entries = self.clouds.x.new_empty((*self.clouds.a.shape, b.shape[-1]))
-        exponentials(self.clouds.x, self.clouds.y, self.outcome.u, self.outcome.v, factor, out=entries)
+        exponentials(self.clouds.x, self.clouds.y, self.outcome.u, self.outcome.v, scale(self.eps), out=entries)
         return torch.where((a > 0) & (b > 0), entries.mul_(a).mul_(b), 0.0)
 
     def _launch(self, transposed: bool) -> dict[str, Any]:
