@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from otgen.errors import InputError, UsageError, unknown
+from otgen.errors import ConvergenceWarning, InputError, UsageError, unknown
 from otgen.solvers.inputs import centre, read
 from otgen.solvers.options import positive
 from otgen.solvers.plan import check_generator, count, draw, follow
-from otgen.solvers.result import ConvergenceWarning, OTResult
+from otgen.solvers.result import OTResult
 from otgen.solvers.sample import solve_sample
 from otgen.solvers.semidual import c_transform
 

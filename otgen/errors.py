@@ -27,6 +27,14 @@ class InputError(OtgenError, ValueError):
     exit_code = 2
 
 
+class Unsupported(UsageError, NotImplementedError):
+    """What has a meaning, but is not computed: a derivative, most often."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve ended before the marginal error asked for was reached, or float32 cannot hold what it reports."""
+
+
 class NoValidVariant(OtgenError):
     """A problem for which every variant was refused or failed."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from otgen import opaque
-from otgen.errors import InputError, UsageError, unknown
+from otgen.errors import ConvergenceWarning, InputError, UsageError, unknown
 from otgen.solvers import schedule
 from otgen.solvers.batch import BatchResult, batch_modes, solve_sample_batch
 from otgen.solvers.batch_inputs import GivenBatch, centre_batch
@@ -21,7 +21,7 @@ from otgen.solvers.inputs import centre
 from otgen.solvers.labels import labelled
 from otgen.solvers.options import count_of, positive, precision_modes, tolerance
 from otgen.solvers.problems import Problem, Solved, count, problem_of, renamed
-from otgen.solvers.result import ConvergenceWarning, OTResult
+from otgen.solvers.result import OTResult
 from otgen.solvers.sample import solve_sample
 from otgen.solvers.schedule import Schedule
 from otgen.solvers.steps import Steps

@@ -14,8 +14,7 @@ from test_plan import LIKELY, fit, seeded
 
 import otgen
 from otgen.cfm import OTPlanSampler, _largest_cost
-from otgen.errors import InputError, UsageError
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning, InputError, UsageError
 from otgen.solvers.solution import Solution
 
 pytestmark = pytest.mark.usefixtures("streamed")

@@ -15,6 +15,7 @@ from kinds import every
 
 import otgen
 from otgen import ops
+from otgen.errors import ConvergenceWarning
 from otgen.families import FAMILIES, family, sinkhorn
 from otgen.gpus import detect
 from otgen.measure import FEWEST, Points, measure
@@ -22,7 +23,6 @@ from otgen.precision import MODES
 from otgen.problem import Problem, Variant
 from otgen.render import load
 from otgen.resources import resource
-from otgen.solvers.result import ConvergenceWarning
 from otgen.store import read_winners
 from otgen.verify import call_arguments, failures, verify
 

@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 
 import otgen
 from otgen import library, ops
-from otgen.errors import InputError, UsageError
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning, InputError, UsageError
 
 DTYPES = [torch.float64, torch.float32]
 

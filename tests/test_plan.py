@@ -10,9 +10,8 @@ from scipy import stats
 
 import otgen
 from otgen import chunked
-from otgen.errors import InputError
+from otgen.errors import ConvergenceWarning, InputError
 from otgen.solvers import plan as plans
-from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.solution import Solution
 
 pytestmark = pytest.mark.usefixtures("streamed")

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import otgen
-from otgen.solvers.result import ConvergenceWarning, OTResult
+from otgen.errors import ConvergenceWarning
+from otgen.solvers.result import OTResult
 
 pytestmark = pytest.mark.filterwarnings("ignore::otgen.store.TuningWarning")
 

@@ -9,7 +9,7 @@ import torch
 from clouds import clusters, cubes, gaussians, mean_cost, problem, reference, uneven
 
 import otgen
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning
 
 pytestmark = pytest.mark.usefixtures("streamed")
 

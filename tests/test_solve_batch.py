@@ -10,9 +10,8 @@ import torch
 
 import otgen
 from otgen import ops
-from otgen.errors import InputError, UsageError
+from otgen.errors import ConvergenceWarning, InputError, UsageError
 from otgen.solvers import engine
-from otgen.solvers.result import ConvergenceWarning
 from otgen.store import TuningWarning
 
 pytestmark = pytest.mark.usefixtures("streamed")
@@ -142,14 +141,6 @@ def test_gradients_are_those_of_single_problems(options):
         for leaf, part, single in zip(leaves, (mine, other, mine, other), alone):
             same = level if single.ndim == 1 and "unbalanced" not in options else torch.clone
             torch.testing.assert_close(same(leaf.grad[part]), same(single.grad), rtol=1e-6, atol=1e-7)
-
-
-def test_a_second_derivative_is_refused():
-    x, y, _, _ = stacked()
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(otgen.solve_sample_batch(x, y, reg=0.5).value.sum(), x, create_graph=True)
-    with pytest.raises(UsageError, match="one derivative"):
-        grad.sum().backward()
 
 
 def test_numpy_in_numpy_out():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import otgen
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning
 
 pytestmark = pytest.mark.usefixtures("streamed")
 

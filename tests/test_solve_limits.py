@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import otgen
-from otgen.errors import InputError
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning, InputError
 from otgen.solvers.sinkhorn import PATIENCE, Watch
 
 METHODS = ["alternating", "symmetric"]

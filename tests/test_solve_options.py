@@ -9,11 +9,10 @@ from clouds import batch, problem
 
 import otgen
 from otgen import ops
-from otgen.errors import UsageError
+from otgen.errors import ConvergenceWarning, UsageError
 from otgen.precision import LOG2_E
 from otgen.solvers.annealing import FACTOR
 from otgen.solvers.engine import METHODS, _merged
-from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.sinkhorn import Outcome
 
 pytestmark = pytest.mark.usefixtures("streamed")
@@ -256,7 +255,6 @@ def test_a_warning_points_at_the_caller(call):
     [
         ({"grad": "envelop"}, UsageError, "unknown grad 'envelop'; known: detach, envelope, implicit. Did you mean 'envelope'"),
         ({"grad": None}, UsageError, "unknown grad 'None'"),
-        ({"grad": "implicit"}, NotImplementedError, "grad='implicit' is not implemented yet; type grad='envelope'"),
         ({"tune": "nwo"}, UsageError, "unknown tune 'nwo'; known: cache, now, off. Did you mean 'now'"),
         ({"tune": False}, UsageError, "unknown tune 'False'"),
     ],

@@ -10,10 +10,9 @@ from clouds import METHODS, problem
 
 import otgen
 from otgen import chunked, dispatch, ops
-from otgen.errors import InputError
+from otgen.errors import ConvergenceWarning, InputError
 from otgen.problem import Variant
 from otgen.solvers import engine, operator
-from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.sinkhorn import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("streamed")

@@ -13,7 +13,7 @@ from geomloss import SamplesLoss
 from geomloss import ot as geomloss_ot
 
 import otgen
-from otgen.solvers.result import ConvergenceWarning
+from otgen.errors import ConvergenceWarning
 
 pytestmark = pytest.mark.usefixtures("streamed")
 

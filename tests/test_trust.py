@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import otgen
-from otgen.errors import InputError
+from otgen.errors import ConvergenceWarning, InputError
 from otgen.solvers import curvature
-from otgen.solvers.result import ConvergenceWarning
 from otgen.solvers.trust import Step, inverse_hvp, steihaug
 
 pytestmark = pytest.mark.usefixtures("streamed")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from otgen.errors import InputError, UsageError, unknown
+from otgen.errors import ConvergenceWarning, InputError, Unsupported, UsageError, unknown
 from otgen.problem import Value
 from otgen.solvers import options
 from otgen.solvers.batch_inputs import GivenBatch, Side, centre_batch, index_of, read_batch, regularisations
@@ -22,10 +22,10 @@ from otgen.solvers.engine import METHODS, Callback, Course, divergence, precisio
 from otgen.solvers.inputs import Clouds, as_tensor
 from otgen.solvers.kernels import kernels_of
 from otgen.solvers.labels import Labels, labelled, read_labels
-from otgen.solvers.result import LOGGED, ConvergenceWarning, OTResult, how
-from otgen.solvers.sinkhorn import Outcome
-from otgen.solvers.solution import Divergence, DualValue, Solution
+from otgen.solvers.result import LOGGED, OTResult, how
+from otgen.solvers.solution import Divergence
 from otgen.solvers.steps import Steps
+from otgen.solvers.value import DualValue
 from otgen.solvers.verdict import complaint, least_error
 
 
@@ -81,6 +81,8 @@ def solve_sample_batch(
     if method == "newton":
         raise UsageError("expected a method that takes batches; got 'newton', which takes one problem; type method='anderson'")
     detached, tune = options.gradient(grad) == "detach", options.tuning(tune)
+    if grad == "implicit":
+        raise Unsupported("expected grad='envelope' or 'detach' for a batch; got 'implicit'; type solve_sample for each")
     rho_a, rho_b = options.relaxation(unbalanced, unbalanced_type, reach)
     limits = options.tolerance(tol), options.count_of(max_iter)
     ratio, method = options.stage_ratio(scaling, potentials_init), "anderson" if method == "auto" else method
@@ -198,10 +200,8 @@ class BatchResult:
         """The i-th problem's result; negative i count from the end. Raises IndexError."""
         i = index_of(i, len(self))
         n, m = self._sizes[i]
-        sizes = ((n, m), (n, n), (m, m))  # own costs are of one side
-        parts = [part_of(solution, i, *size) for solution, size in zip(self._divergence.solutions, sizes)]
         value = torch.as_tensor(self.value)[i]
-        return OTResult(Divergence(*parts), self._given.part(i, n, m), value, self.seconds)
+        return OTResult(self._divergence.part(i), self._given.part(i, n, m), value, self.seconds)
 
     def __iter__(self) -> Iterator[OTResult]:
         return (self[i] for i in range(len(self)))
@@ -234,19 +234,6 @@ def batch_modes(precision: str, clouds: Clouds, eps: Tensor | float, tol: float)
     needed = torch.as_tensor(eps).to(clouds.radius).expand_as(clouds.radius)
     hardest = int((clouds.radius.square() / needed).argmax())
     return options.precision_modes(precision, replace(clouds, radius=float(clouds.radius[hardest])), float(needed[hardest]), tol)
-
-
-def part_of(solution: Solution, i: int, n: int, m: int) -> Solution:
-    """The i-th problem of a solved batch, of n × m points."""
-    steps, c, ended = solution.steps, solution.clouds, solution.outcome
-    clouds = c.part(i, n, m)
-    error, n_iters, passes, stop = (array[i].item() for array in (ended.error, ended.n_iters, ended.passes, ended.stop))
-    met = [e for e in ended.looks[:, i] if not np.isnan(e)] + [error] * bool(np.isnan(error))
-    u = ended.u[i, :n]
-    v = u if ended.v is ended.u else ended.v[i, :m]
-    outcome = Outcome(u, v, ended.r[i, :n], ended.c[i, :m], error, n_iters, passes, stop, np.array(met))
-    eps = float(steps.eps[i]) if isinstance(steps.eps, Tensor) else steps.eps
-    return Solution(Steps(clouds, eps, steps.modes, steps.rho_a, steps.rho_b), outcome, solution.choice)
 
 
 def _labels(given: GivenBatch, labels: Labels | None) -> Labels | None:

@@ -1,4 +1,4 @@
-"""Conjugate gradients for the linear systems of `otgen.solvers.curvature`, whose products are sweeps.
+"""Conjugate gradients for the linear systems of `otgen.solvers.system`, whose products are sweeps.
 
 Vectors are float32 or float64 as the points are, sums over them float64, residuals measured in the norm of the preconditioner's
 inverse, as if they were potentials in the measure of the diagonal. Sources: Hestenes and Stiefel 1952; Nicolaides 1987 (deflation).
@@ -7,13 +7,17 @@ inverse, as if they were potentials in the measure of the diagonal. Sources: Hes
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from otgen.errors import ConvergenceWarning
+from otgen.solvers import options
 from otgen.solvers.inputs import Clouds
-from otgen.solvers.newton import LOOK, dot
+from otgen.solvers.newton import LOOK
 from otgen.solvers.sinkhorn import interval
 
 
@@ -21,19 +25,19 @@ class Limits:
     """When conjugate gradients stop, and what they, and the sweeps around them, came to.
 
     look        iterations between two looks at the residual: one on a CPU, a few on a GPU
-    noise       what rounding makes of a potential that a direction of size 1 moves, squared: no residual falls below it
+    noise       what rounding makes of a solution, squared, in its own units: no residual falls below it
     iterations  the most that a system took;  passes  sweeps in all;  residual  the largest left, relative;  met  whether all met it
     """
 
-    def __init__(self, tol: float, max_iter: int, clouds: Clouds) -> None:
+    def __init__(self, tol: float, max_iter: int, clouds: Clouds, size: float) -> None:
+        """size: how large a solution may be."""
         self.tol, self.max_iter = tol, max_iter
         self.look = min(interval(clouds.x), LOOK)
-        self.noise = (torch.finfo(clouds.x.dtype).eps * 2.0 * clouds.reach) ** 2
+        self.noise = (torch.finfo(clouds.x.dtype).eps * size) ** 2
         self.iterations, self.passes, self.residual, self.met = 0, 0, 0.0, True
 
-    def done(self, iterations: int, sweeps: int, residual: float, met: bool) -> None:
+    def done(self, iterations: int, residual: float, met: bool) -> None:
         self.iterations = max(self.iterations, iterations)
-        self.passes += sweeps * iterations
         self.residual = residual if math.isnan(residual) else max(self.residual, residual)
         self.met &= met
 
@@ -46,42 +50,66 @@ def solved(
     beside: Tensor,
     limits: Limits,
     *,
-    sweeps: int,
     definite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(w, more): the solution (n,) of a symmetric system, and `beside` plus what `product` tells of w.
+    """(w, more): the solutions (n, k) of a symmetric system for k right hand sides, and `beside` plus what `product` tells of w.
 
-    product   the matrix times p (n,), and something else that is linear in p, of the shape of `beside`; so many `sweeps`
+    product   the matrix times p (n, k), and something else that is linear in p, of the shape of `beside`
     diagonal  the preconditioner (n,), zero where not `counted`; there w is zero too
     definite  False: constants are eigenvectors, and are left out, of w and of what is asked of it
-    It ends at the tolerance, at rounding, or where a curvature is lost in rounding: then what is left cannot be told.
+    A column rests at the tolerance, at rounding, or where a curvature is lost in rounding: then what is left cannot be told.
     """
-    mass = diagonal.sum(dtype=torch.float64)
+    diagonal, counted, mass = diagonal[:, None], counted[:, None], diagonal.sum(dtype=torch.float64)
 
     def preconditioned(q: Tensor) -> Tensor:
         z = torch.where(counted, q / diagonal, 0.0)
-        return z if definite else torch.where(counted, z - (dot(diagonal, z) / mass).to(z.dtype), 0.0)
+        return z if definite else torch.where(counted, z - (_dots(diagonal, z) / mass).to(z.dtype), 0.0)
 
     z = p = preconditioned(right)
     q = diagonal * z
     w = torch.zeros_like(z)
-    first = size = dot(q, z)
+    first = size = _dots(q, z)
     enough = torch.maximum(limits.tol**2 * first, limits.noise * mass)
-    curvature, tiny, k = torch.ones_like(first), torch.finfo(torch.float64).tiny, 0
-    while True:
-        if k % limits.look == 0 or k == limits.max_iter:
-            left, least, begun, bend = torch.stack((size, enough, first, curvature)).tolist()
-            if not left > least or not bend > 0.0 or k == limits.max_iter:
-                break
+    going, tiny, k = size > enough, torch.finfo(torch.float64).tiny, 0
+    while k < limits.max_iter and (k % limits.look or bool(going.any())):
         image, more = product(p)
-        curvature = dot(p, image)
-        curvature = torch.where(curvature > torch.finfo(w.dtype).eps * dot(p, diagonal * p), curvature, 0.0)
-        step = torch.where(curvature > 0, size / curvature.clamp(min=tiny), 0.0).to(w.dtype)
+        curvature = _dots(p, image)
+        going = going & (curvature > torch.finfo(w.dtype).eps * _dots(p, diagonal * p))
+        step = torch.where(going, size / curvature.clamp(min=tiny), 0.0).to(w.dtype)
         w, beside, q = w + step * p, beside + step * more, q - step * image
         z = preconditioned(q)
-        last, size = size, dot(q, z)
-        p = z + (size / last.clamp(min=tiny)).to(w.dtype) * p
+        last, size = size, _dots(q, z)
+        going = going & (size > enough)
+        p = z + torch.where(going, size / last.clamp(min=tiny), 0.0).to(w.dtype) * p
         k += 1
-    residual = math.sqrt(max(left, 0.0) / begun) if begun > 0.0 else begun
-    limits.done(k, sweeps, residual, left <= least)
+    left = torch.where(first > 0, size.clamp(min=0.0) / first.clamp(min=tiny), first).sqrt().max()
+    met, residual = torch.stack(((size <= enough).all().double(), left)).tolist()
+    limits.done(k, residual, bool(met))
     return w, beside
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    """(k,): the products of columns (n, k), in float64; `one` may be a single column."""
+    return (one.double() * other.double()).sum(0)
+
+
+class Ended(Protocol):
+    """What is told of a linear system: `Limits`, or what was read off them."""
+
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def residual(self) -> float: ...
+    @property
+    def met(self) -> bool: ...
+
+
+def told(what: str, ended: Ended) -> None:
+    """Warn of a linear system that was not solved."""
+    if not ended.met:
+        warnings.warn(
+            f"the linear system of {what} was left with a relative residual of {ended.residual:.1e} after "
+            f"{ended.iterations} iterations; take a larger reg, or float64",
+            ConvergenceWarning,
+            stacklevel=options.caller(),
+        )

@@ -46,8 +46,10 @@ class Given:
         value = value.to(working_dtype(self.x))
         return value.numpy()[()] if self.numpy else value
 
-    def argument(self, name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
+    def argument(self, name: str, value: Any, shape: tuple[int | None, ...], *, keep: bool = False) -> Tensor:
         """An argument of a method as a contiguous tensor to compute with; None in `shape` stands for any positive size.
+
+        keep  whether it keeps its graph
 
         Raises InputError when its kind, dtype, device or shape is not what belongs to the points.
         """
@@ -56,7 +58,7 @@ class Given:
             wanted = ", ".join("k" if size is None else str(size) for size in shape)
             raise InputError(f"expected {name} of shape ({wanted}); got {_shape(tensor)}; type {name}.reshape({wanted})")
         require_alike(name, tensor, self.x, "X_a", working_dtype(self.x))
-        return tensor.detach().to(working_dtype(self.x)).contiguous()
+        return (tensor if keep else tensor.detach()).to(working_dtype(self.x)).contiguous()
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,7 +65,8 @@ def product(solution: Solution, given: Given, v: Any, transposed: bool, asked: s
     if size != other and came[:1] == (other,):
         raise InputError(f"expected v of shape ({size}) or ({size}, k){asked}; got {came}; type {cure}")
     shape = (size,) if len(came) <= 1 else (size, None)
-    return given.answer(solution.apply(given.argument("v", v, shape), transposed=transposed))
+    values = given.argument("v", v, shape, keep=not isinstance(solution, Solution))
+    return given.answer(solution.apply(values, transposed=transposed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +111,11 @@ class LazyPlan:
         return f"LazyPlan(shape={self.shape})"
 
 
-def block(solution: Solution, rows: Any, columns: Any, *, weighted: bool = True) -> Tensor:
-    """P at `rows` and `columns`, slices or vectors of indices; without the weights, the density exp((f_i + g_j − C_ij)/eps)."""
+def block(solution: Solution, rows: Any, columns: Any) -> Tensor:
+    """P at `rows` and `columns`, slices or vectors of indices."""
     c, (u, v) = solution.clouds, (solution.outcome.u, solution.outcome.v)
     scores = torch.addmm(v[columns], c.x[rows], c.y[columns].T, alpha=float(scale(solution.eps))).add_(u[rows][:, None])
-    return _weighted(scores.exp2_(), c.a[rows][:, None], c.b[columns]) if weighted else scores.exp2_()
+    return _weighted(scores.exp2_(), c.a[rows][:, None], c.b[columns])
 
 
 def _entries(solution: Solution, rows: Tensor, columns: Tensor) -> Tensor:
@@ -163,14 +164,6 @@ def _integers(key: Any) -> Tensor | None:
         return None
 
 
-def density(solution: Solution) -> Tensor:
-    """(n, m): exp((f_i + g_j − C_ij)/eps), all at once. Raises InputError above PLAN_LIMIT bytes."""
-    n, m = _sizes(solution)
-    cure = "result.lazy_plan[i0:i1] / (a[i0:i1, None] * b) for rows of it"
-    require_room("density", n, m, solution, cure)
-    return block(solution, slice(None), slice(None), weighted=False)
-
-
 def require_room(what: str, n: int, m: int, solution: Solution, cure: str) -> None:
     """Raise InputError for n × m entries of more than PLAN_LIMIT bytes; `cure` is what to type."""
     size = n * m * solution.clouds.x.element_size()
@@ -180,25 +173,24 @@ def require_room(what: str, n: int, m: int, solution: Solution, cure: str) -> No
 
 def folded(potential: Tensor, weights: Tensor, eps: float) -> Tensor:
     """f + eps·log a, and −∞ where there is no weight: the potential as OTT has it."""
-    return torch.where(weights > 0, potential + eps * weights.log(), -torch.inf)
+    return torch.where(weights > 0, potential + eps * torch.where(weights > 0, weights, 1.0).log(), -torch.inf)
 
 
 def dual_cost(solution: Solution) -> Tensor:
     """<a, f + eps·log a> + <b, g + eps·log b>, a float64 scalar."""
-    return _mean_score(solution, solution.clouds.a, solution.clouds.b)
+    return _mean_score(solution, solution.a, solution.b)
 
 
 def entropy(solution: Solution, linear_cost: Tensor) -> Tensor:
     """−Σ P log P, a float64 scalar, given <P, C>: the rest of log P = (f + g − C)/eps + log a + log b sums over the marginals."""
-    return (linear_cost - _mean_score(solution, solution.outcome.r, solution.outcome.c)) / float(solution.eps)
+    return (linear_cost - _mean_score(solution, solution.r, solution.c)) / float(solution.eps)
 
 
 def _mean_score(solution: Solution, r: Tensor, c: Tensor) -> Tensor:
     """<r, f + eps·log a> + <c, g + eps·log b> over points of weight, in float64."""
     total = torch.zeros((), dtype=torch.float64, device=r.device)
-    clouds = solution.clouds
-    for marginal, potential, weights in ((r, solution.f, clouds.a), (c, solution.g, clouds.b)):
-        score = folded(potential.double(), weights.double(), float(solution.eps))
+    for marginal, potential, weights in ((r, solution.f, solution.a), (c, solution.g, solution.b)):
+        score = potential.double() + float(solution.eps) * torch.where(weights > 0, weights.double(), 1.0).log()
         total = total + torch.where(weights > 0, marginal.double() * score, 0.0).sum()
     return total
 

@@ -121,11 +121,9 @@ def precision_modes(precision: str, clouds: Clouds, eps: float, tol: float) -> t
 
 
 def gradient(grad: Any) -> str:
-    """How `value` is to be differentiated. Raises UsageError for an unknown way, NotImplementedError for "implicit"."""
+    """What is to be differentiable. Raises UsageError for an unknown way."""
     if grad not in GRADIENTS:
         raise unknown("grad", str(grad), GRADIENTS)
-    if grad == "implicit":
-        raise NotImplementedError("grad='implicit' is not implemented yet; type grad='envelope'")
     return str(grad)
 
 

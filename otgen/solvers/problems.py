@@ -18,7 +18,8 @@ from otgen.solvers.labels import Labels, read_labels
 from otgen.solvers.options import count_of
 from otgen.solvers.result import OTResult
 from otgen.solvers.schedule import Extrapolated, diameter
-from otgen.solvers.solution import Divergence, DualValue, Potentials
+from otgen.solvers.solution import Divergence
+from otgen.solvers.value import DualValue, Potentials
 
 T = TypeVar("T")
 

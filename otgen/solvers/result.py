@@ -12,6 +12,7 @@ from otgen.problem import Variant
 from otgen.solvers import operator as operators
 from otgen.solvers import plan as plans
 from otgen.solvers import second, trust
+from otgen.solvers.differentiable import differentiable
 from otgen.solvers.inputs import Given
 from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
@@ -22,10 +23,6 @@ LOGGED = ("errors", "n_iters", "passes", "stop", "seconds", "precision", "varian
 """What a result's `log` has."""
 
 
-class ConvergenceWarning(UserWarning):
-    """A solve ended before the marginal error asked for was reached, or float32 cannot hold what it reports."""
-
-
 class OTResult:
     """A solved entropic transport problem between X_a (n, d) and X_b (m, d), with C = |x − y|².
 
@@ -33,7 +30,9 @@ class OTResult:
     `potential_a` and `potential_b`. The attributes `f` and `g` are OTT's, weights inside: f + reg·log a, g + reg·log b. Answers
     have the kind and device of X_a; they are float64 for float64 points, and float32 for all others, half precision included,
     whose range they could leave. What needs a further sweep is computed when first asked for, and kept. Nothing but `value` is
-    differentiable; gradients have the dtype of the leaf.
+    differentiable; gradients have the dtype of the leaf. With grad="implicit" potentials, products with the plan, marginals, maps,
+    costs, `plan` and `density` are too, once, in points and weights, as functions of the exact solution (`otgen.solvers.implicit`).
+    Potentials of a balanced problem are, of all (f + t, g − t), those with <a, f>/Σa = <b, g>/Σb.
 
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
                     is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
@@ -52,9 +51,13 @@ class OTResult:
     seconds         wall time of the solve
     """
 
-    def __init__(self, divergence: Divergence, given: Given, value: torch.Tensor, seconds: float) -> None:
+    def __init__(
+        self, divergence: Divergence, given: Given, value: torch.Tensor, seconds: float, *, implicit: bool = False
+    ) -> None:
         self._divergence, self._given = divergence, given
         self._solution = solution = divergence.cross
+        self._answers = differentiable(divergence, given.x, given.y, given.a, given.b) if implicit else divergence
+        self._answer = self._answers.cross
         outcomes = [part.outcome for part in divergence.solutions]
         worst = max(outcomes, key=lambda outcome: (outcome.stop != "tol", outcome.error))
         self.reg = float(solution.eps)
@@ -97,28 +100,28 @@ class OTResult:
 
     @cached_property
     def _linear_cost(self) -> torch.Tensor:
-        return self._solution.linear_cost()
+        return self._answer.linear_cost()
 
     @cached_property
     def potential_a(self) -> Any:
         """f (n,), in units of the cost."""
-        return self._given.answer(self._solution.f)
+        return self._given.answer(self._answer.f)
 
     @cached_property
     def potential_b(self) -> Any:
         """g (m,), in units of the cost."""
-        return self._given.answer(self._solution.g)
+        return self._given.answer(self._answer.g)
 
     @cached_property
     def potential_aa(self) -> Any:
         """(n,) potential of X_a's transport to itself; None unless debiased."""
-        own = self._divergence.own_a
+        own = self._answers.own_a
         return None if own is None else self._given.answer(own.f)
 
     @cached_property
     def potential_bb(self) -> Any:
         """(m,) potential of X_b's transport to itself; None unless debiased."""
-        own = self._divergence.own_b
+        own = self._answers.own_b
         return None if own is None else self._given.answer(own.g)
 
     @property
@@ -129,12 +132,12 @@ class OTResult:
     @cached_property
     def marginal_a(self) -> Any:
         """r = P·1 (n,)."""
-        return self._given.answer(self._solution.outcome.r.clone())
+        return self._given.answer(self._answer.r.clone())
 
     @cached_property
     def marginal_b(self) -> Any:
         """c = Pᵀ·1 (m,)."""
-        return self._given.answer(self._solution.outcome.c.clone())
+        return self._given.answer(self._answer.c.clone())
 
     @property
     def marginals(self) -> tuple[Any, Any]:
@@ -144,12 +147,12 @@ class OTResult:
     @cached_property
     def a_to_b(self) -> Any:
         """(n, d): where each point of X_a goes on average, (P y)_i / r_i; points of zero weight go where they would."""
-        return self._given.answer(self._solution.barycentres())
+        return self._given.answer(self._answer.barycentres())
 
     @cached_property
     def b_to_a(self) -> Any:
         """(m, d): where each point of X_b comes from on average, (Pᵀ x)_j / c_j."""
-        return self._given.answer(self._solution.barycentres(transposed=True))
+        return self._given.answer(self._answer.barycentres(transposed=True))
 
     def apply(self, v: Any, axis: int = 0) -> Any:
         """Pᵀ·v for axis = 0 (v (n,) or (n, k) → (m,) or (m, k)), P·v for axis = 1 (m → n): the sum is over `axis`, as in OTT.
@@ -157,7 +160,7 @@ class OTResult:
         Raises InputError when `v` does not fit, or `axis` is not 0 or 1.
         """
         cure = f"axis={1 - _axis(axis)}"
-        return operators.product(self._solution, self._given, v, axis == 0, f" for axis={axis}", cure)
+        return operators.product(self._answer, self._given, v, axis == 0, f" for axis={axis}", cure)
 
     def marginal(self, axis: int) -> Any:
         """The sum of P over `axis`, as in OTT: Pᵀ·1 (m,) for 0, P·1 (n,) for 1. Raises InputError for another axis."""
@@ -169,7 +172,7 @@ class OTResult:
         n, m = self.plan_operator.shape
         cure = "result.apply(v, axis=1) for P·v, or result.a_to_b for the map"
         operators.require_room("plan", n, m, self._solution, cure)
-        return self._given.answer(self._solution.plan())
+        return self._given.answer(self._answer.plan())
 
     @cached_property
     def lazy_plan(self) -> LazyPlan:
@@ -179,7 +182,7 @@ class OTResult:
     @cached_property
     def plan_operator(self) -> PlanOperator:
         """P (n, m) as a linear map, `plan_operator @ v` and `plan_operator.T @ u`. GeomLoss 0.3's name."""
-        return PlanOperator(self._solution, self._given)
+        return PlanOperator(self._answer, self._given)
 
     @cached_property
     def density(self) -> Any:
@@ -187,22 +190,25 @@ class OTResult:
 
         Raises InputError above `otgen.solvers.operator.PLAN_LIMIT` bytes.
         """
-        return self._given.answer(operators.density(self._solution))
+        n, m = self.plan_operator.shape
+        cure = "result.lazy_plan[i0:i1] / (a[i0:i1, None] * b) for rows of it"
+        operators.require_room("density", n, m, self._solution, cure)
+        return self._given.answer(self._answer.density())
 
     @cached_property
     def f(self) -> Any:
         """(n,): OTT's potential, the weight inside, P_ij = exp((f_i + g_j − C_ij)/reg): potential_a + reg·log a, −∞ for a = 0."""
-        return self._given.answer(operators.folded(self._solution.f, self._solution.clouds.a, self.reg))
+        return self._given.answer(operators.folded(self._answer.f, self._answer.a, self.reg))
 
     @cached_property
     def g(self) -> Any:
         """(m,): potential_b + reg·log b."""
-        return self._given.answer(operators.folded(self._solution.g, self._solution.clouds.b, self.reg))
+        return self._given.answer(operators.folded(self._answer.g, self._answer.b, self.reg))
 
     @cached_property
     def transport_mass(self) -> Any:
         """ΣP, 1 for balanced weights of mass 1. OTT's name."""
-        return self._given.answer(self._solution.outcome.r.sum(dtype=torch.float64))
+        return self._given.answer(self._answer.r.sum(dtype=torch.float64))
 
     @property
     def primal_cost(self) -> Any:
@@ -216,12 +222,12 @@ class OTResult:
         Balanced and solved, it is `value` + reg·(Σ a log a + Σ b log b) for masses of 1. As in OTT nothing is put in for relaxed
         marginals, so it is then no bound on anything: that is `value`.
         """
-        return self._given.answer(operators.dual_cost(self._solution))
+        return self._given.answer(operators.dual_cost(self._answer))
 
     @cached_property
     def entropy(self) -> Any:
         """−Σ P log P, in nats, with 0·log 0 = 0: OTT's convention, for plans of any mass. One sweep, shared with value_linear."""
-        return self._given.answer(operators.entropy(self._solution, self._linear_cost))
+        return self._given.answer(operators.entropy(self._answer, self._linear_cost))
 
     @property
     def citation(self) -> str:

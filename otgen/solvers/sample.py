@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from otgen.errors import InputError, unknown
+from otgen.errors import ConvergenceWarning, InputError, unknown
 from otgen.problem import Value
 from otgen.solvers import options
 from otgen.solvers.engine import METHODS, Callback, Course, divergence, precision_of
 from otgen.solvers.inputs import Given, centre, read
 from otgen.solvers.kernels import kernels_of
 from otgen.solvers.labels import labelled, read_labels
-from otgen.solvers.result import ConvergenceWarning, OTResult
-from otgen.solvers.solution import value
+from otgen.solvers.result import OTResult
 from otgen.solvers.steps import Steps
+from otgen.solvers.value import value
 from otgen.solvers.verdict import complaint, least_error
 
 METRICS = ("sqeuclidean",)
@@ -75,8 +75,9 @@ def solve_sample(
                      eighth, each look being a wait for the device. A tolerance that was missed, or that float32 cannot hold, and
                      a reg for which it loses the value, are a ConvergenceWarning.
     potentials_init  (f, g) to start from, for instance ``result.potentials`` of a similar problem; zeros when left out
-    grad             "envelope": `value` has the gradients that OTResult states, by the envelope theorem;  "detach": it has no
-                     graph;  "implicit": not implemented yet
+    grad             "envelope": `value` has the gradients that OTResult states, by the envelope theorem;  "detach": none;
+                     "implicit": potentials, products with the plan, maps and costs have gradients too, those of the exact
+                     solution, by the implicit function theorem (`otgen.solvers.implicit`). Ask for a small tol then
     scaling          GeomLoss's, from one blur to the next: reg goes down from R² by scaling² a stage, an alternation each, before
                      the method begins, whichever it is and however easy the problem; R is the radius of the centred clouds. None:
                      only anderson and newton take stages, only where it is hard, and halve reg. A measure's own cost takes none
@@ -105,7 +106,7 @@ def solve_sample(
         raise unknown("metric", str(metric), METRICS)
     if method != "auto" and method not in METHODS:
         raise unknown("method", str(method), ["auto", *METHODS])
-    detached, tune = options.gradient(grad) == "detach", options.tuning(tune)
+    grad, tune = options.gradient(grad), options.tuning(tune)
     eps, (rho_a, rho_b) = options.regularisation(reg, blur), options.relaxation(unbalanced, unbalanced_type, reach)
     limits = options.tolerance(tol), options.count_of(max_iter)
     ratio, method = options.stage_ratio(scaling, potentials_init), "anderson" if method == "auto" else method
@@ -122,7 +123,8 @@ def solve_sample(
     pair, finer = _pair(given, steps, potentials_init), precision == "auto"
     found = divergence(method, steps, pair, course, debias=debias, finer=finer)
     worth = value(found, given)
-    result = OTResult(found, given, worth.detach() if detached else worth, time.perf_counter() - started)
+    worth, seconds = worth.detach() if grad == "detach" else worth, time.perf_counter() - started
+    result = OTResult(found, given, worth, seconds, implicit=grad == "implicit")
     if verbose:
         print(result)
     if said := complaint(result, clouds, course.tol, least_error(clouds, eps, precision_of(found.cross.choice))):

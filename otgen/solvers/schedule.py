@@ -195,7 +195,7 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
 class Extrapolated:
     """The value V of a problem, less half of each side's own when debiased.
 
-    Its methods are those that `otgen.solvers.solution.DualValue` asks for.
+    Its methods are those that `otgen.solvers.value.DualValue` asks for.
     """
 
     cross: End

@@ -1,56 +1,60 @@
-"""Double backward of a solved value: its gradients in the points as functions that can be differentiated once more.
+"""Double backward of a solved value: its gradients as functions that can be differentiated once more.
 
-A gradient s·G(x, y), s the derivative that came in, has by `otgen.solvers.curvature` the derivatives s·H v in the points, with both
-components, and <v, G> in s, for a derivative v that comes in. These are linear in v and in s, and so far differentiable too, as
-`torch.autograd.functional.hvp` needs. In the weights a gradient's derivatives are not implemented, nor third ones in the points:
-tensors on which something depends in such a way come in through a gate that raises when a derivative is asked to pass.
+A gradient s·G(x, y) in the points, s the derivative that came in, has by `otgen.solvers.curvature` the derivatives s·H v in the
+points, with both components, and <v, G> in s, for a derivative v that comes in. These are linear in v and in s, and so far
+differentiable too, as `torch.autograd.functional.hvp` needs. What a gradient in the points is to the weights, and one in the
+weights to anything, comes from `otgen.solvers.differentiable`, where it is put together of potentials and products. Of a batch each
+problem is taken by itself. Third derivatives are refused.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from otgen.errors import InputError, UsageError
 from otgen.solvers import curvature, options
+from otgen.solvers.conjugate import told
+from otgen.solvers.differentiable import differentiable
 from otgen.solvers.inputs import Given
-
-if TYPE_CHECKING:
-    from otgen.solvers.solution import Divergence
-
-WEIGHTS = "expected derivatives of a gradient in points only; got one in the weights, or of theirs; type a.detach(), b.detach()"
+from otgen.solvers.refused import once
+from otgen.solvers.solution import Divergence
 
 THIRD = "expected two derivatives of OTResult.value at most; got a third; type .detach() on the second"
 
+PRODUCT = "a Hessian-vector product"
 
-def gradient(divergence: Divergence, side: int, grad: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
-    """grad times the gradient of a divergence in x (side 0) or y (side 1), differentiable in grad and in x and y.
+Inputs = tuple[Tensor | None, ...]
 
-    inputs  x, y, a and b of the caller, with their graph
+
+def gradient(divergence: Divergence, side: int, grad: Tensor, inputs: Inputs) -> Tensor:
+    """grad times the gradient of a divergence in x, y, a or b (side 0 to 3), differentiable in grad and in all of them.
+
+    inputs  x, y, a and b of the caller, with their graph; of a batch, grad is (batch,), and they are padded (batch, n, …)
     """
-    x, y, *weights = inputs
-    found: Tensor = _Gradient.apply(divergence, side, grad, x, y, *(gate(weight, WEIGHTS) for weight in weights))  # type: ignore[no-untyped-call]
-    return found
+    if divergence.cross.clouds.extents is not None:
+        return _of_batch(divergence, side, grad, inputs)
+    if side < 2:
+        found: Tensor = _Gradient.apply(divergence, side, grad, *inputs)  # type: ignore[no-untyped-call]
+        return found
+    tensor, traced = inputs[side], differentiable(divergence, *inputs)  # type: ignore[arg-type]
+    assert tensor is not None
+    return (grad * traced.weight_gradient(transposed=side == 3)).to(tensor.dtype)
 
 
-def gate(tensor: Tensor | None, sentence: str) -> Tensor | None:
-    """The tensor; a UsageError for who differentiates through it."""
-    passed: Tensor | None = None if tensor is None else _Gate.apply(tensor, sentence)  # type: ignore[no-untyped-call]
-    return passed
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sentence: str) -> Tensor:
-        ctx.sentence = sentence
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise UsageError(ctx.sentence)
+def _of_batch(divergence: Divergence, side: int, grad: Tensor, inputs: Inputs) -> Tensor:
+    tensor = inputs[side]
+    assert tensor is not None
+    rows = []
+    for i, each in enumerate(grad):
+        part = divergence.part(i)
+        sizes = [len(weights) for weights in (part.cross.a, part.cross.b)]
+        one = tuple(None if given is None else given[i, : sizes[k % 2]] for k, given in enumerate(inputs))
+        found = gradient(part, side, each, one)
+        rows.append(torch.cat((found, tensor.new_zeros((tensor.shape[1] - len(found), *tensor.shape[2:])))))
+    return torch.stack(rows)
 
 
 class _Gradient(torch.autograd.Function):
@@ -66,9 +70,22 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, y, slope, *weights = ctx.saved_tensors
-        points = gate(x, THIRD), gate(y, THIRD)
-        along = _Along.apply(ctx.divergence, ctx.side, ctx.needs_input_grad[3:5], slope, v, grad, *points, *weights)  # type: ignore[no-untyped-call]
-        return None, None, *along, *(None for _ in weights)
+        inputs = (once(THIRD, tensor) for tensor in (x, y, *weights))
+        along = _Along.apply(ctx.divergence, ctx.side, ctx.needs_input_grad[3:5], slope, v, grad, *inputs)  # type: ignore[no-untyped-call]
+        mixed = _in_weights(ctx.divergence, ctx.side, grad * v, (x, y, *weights), ctx.needs_input_grad[5:])
+        return None, None, *along, *(once(THIRD, found, grad, v, x, y, *weights) for found in mixed)
+
+
+def _in_weights(divergence: Divergence, side: int, v: Tensor, inputs: Inputs, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """The derivatives of <v, G> in a and b, where wanted."""
+    if not any(wanted):
+        return [None, None]
+    given = [None if tensor is None else tensor.detach() for tensor in inputs]
+    leaves = [tensor.requires_grad_() for tensor, needed in zip(given[2:], wanted) if tensor is not None and needed]
+    with torch.enable_grad():
+        slope = differentiable(divergence, *given).gradient(transposed=bool(side))  # type: ignore[arg-type]
+        found = iter(torch.autograd.grad(slope, leaves, v.detach().to(slope.dtype)))
+    return [next(found) if needed else None for needed in wanted]
 
 
 class _Along(torch.autograd.Function):
@@ -111,20 +128,8 @@ class _Along(torch.autograd.Function):
                 if way is not None and product is not None:
                     in_grad += (way * product).sum().to(grad.dtype)
         inputs = v, grad, of_inner, of_x, of_y, *others
-        last = [_Last.apply(found, *inputs) for found in (in_v.to(v.dtype), in_grad)]  # type: ignore[no-untyped-call]
+        last = [once(THIRD, found, *inputs) for found in (in_v.to(v.dtype), in_grad)]
         return None, None, None, None, *last, *(None for _ in others)
-
-
-class _Last(torch.autograd.Function):
-    """What depends on `inputs` in a way that is not computed."""
-
-    @staticmethod
-    def forward(ctx: Any, found: Tensor, *inputs: Tensor | None) -> Tensor:
-        return found.view_as(found)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise UsageError(THIRD)
 
 
 def _products(
@@ -135,21 +140,8 @@ def _products(
         return None, None
     with torch.no_grad():
         product = curvature.hvp(divergence, *ways, wanted=wanted)
-    told(product)
+    told(PRODUCT, product)
     return product.x, product.y
-
-
-def told(product: curvature.Product) -> None:
-    """Warn of a product whose linear system was not solved."""
-    if not product.met:
-        from otgen.solvers.result import ConvergenceWarning
-
-        warnings.warn(
-            f"the linear system of a Hessian-vector product was left with a relative residual of {product.residual:.1e} after "
-            f"{product.iterations} iterations; take a larger reg, or float64",
-            ConvergenceWarning,
-            stacklevel=options.caller(),
-        )
 
 
 def answered(divergence: Divergence, given: Given, v: Any, v_b: Any, tol: float | None, log: bool) -> Any:
@@ -170,19 +162,8 @@ def answered(divergence: Divergence, given: Given, v: Any, v_b: Any, tol: float 
         raise InputError(f"expected as many directions v as v_b; got {counts[0]} and {counts[-1]}; pass pairs of them")
     wanted = (True, v_b is not None)
     with torch.no_grad():
-        products = [
-            curvature.hvp(divergence, *(None if way is None else way[k] for way in ways), wanted=wanted, tol=tol)
-            for k in range(counts[0])
-        ]
-    told(max(products, key=lambda product: (not product.met, product.residual)))
-    sides = [[product.x for product in products], [product.y for product in products]][: sum(wanted)]
-    stacks = [torch.stack([part for part in side if part is not None]) for side in sides]
-    answers = tuple(given.answer(stack if several else stack[0]) for stack in stacks)
+        product = curvature.hvp(divergence, *ways, wanted=wanted, tol=tol)
+    told(PRODUCT, product)
+    answers = tuple(given.answer(part if several else part[0]) for part in (product.x, product.y) if part is not None)
     answer = answers if len(answers) > 1 else answers[0]
-    if not log:
-        return answer
-    return answer, {
-        "iterations": max(product.iterations for product in products),
-        "passes": sum(product.passes for product in products),
-        "residual": max(product.residual for product in products),
-    }
+    return (answer, {name: getattr(product, name) for name in ("iterations", "passes", "residual")}) if log else answer

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from otgen.chunked import left_factor, right_factor
-from otgen.errors import InputError, UsageError
+from otgen.errors import InputError
 from otgen.solvers.inputs import Given, as_tensor, require_alike, working_dtype
 from otgen.solvers.labels import without_labels
 from otgen.solvers.plan import largest
-from otgen.solvers.solution import Once, Solution
+from otgen.solvers.refused import once
+from otgen.solvers.solution import Solution
 from otgen.solvers.steps import Steps, damping
+
+SECOND = "expected one derivative of a potential at most; got a second; type .detach() on the gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,23 +86,18 @@ class _Potential(torch.autograd.Function):
         ctx.save_for_backward(points)
         outside = _outside(solution, points, transposed)
         u, _ = outside.steps.rows(outside.outcome.u, outside.outcome.v)
-        return outside.steps.potential(u)
+        potential: Tensor = outside.steps.potential(u) + (-solution.constant if transposed else solution.constant)
+        return potential
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (points,) = ctx.saved_tensors
         with torch.no_grad():
             outside = _outside(ctx.solution, points, ctx.transposed)
             moved = points.to(working_dtype(points)) - outside.barycentres()
             factor = 2.0 * damping(outside.eps, outside.steps.rho_a)
             gradient = (factor * grad[:, None] * moved).to(points.dtype)
-        return _Once.apply(gradient, grad, points), None, None  # type: ignore[no-untyped-call]
-
-
-class _Once(Once):
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise UsageError("expected one derivative of a potential at most; got a second; type .detach() on the gradient")
+        return once(SECOND, gradient, grad, points), None, None
 
 
 def c_transform(x: Any, y: Any, psi: Any) -> tuple[Any, Any]:

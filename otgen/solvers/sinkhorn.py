@@ -67,6 +67,14 @@ class Outcome:
     def swapped(self) -> Outcome:
         return replace(self, u=self.v, v=self.u, r=self.c, c=self.r)
 
+    def part(self, i: int, n: int, m: int) -> Outcome:
+        """That of the i-th problem of a batch, of n × m points."""
+        error, n_iters, passes, stop = (array[i].item() for array in (self.error, self.n_iters, self.passes, self.stop))
+        met = [e for e in self.looks[:, i] if not np.isnan(e)] + [error] * bool(np.isnan(error))
+        u = self.u[i, :n]
+        v = u if self.v is self.u else self.v[i, :m]
+        return Outcome(u, v, self.r[i, :n], self.c[i, :m], error, n_iters, passes, stop, np.array(met))
+
 
 class Watch:
     """Says of each problem when to stop. Errors, `tol` and `floor`, the least error that rounding allows, are shares of the mass.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from otgen import ops
 from otgen.chunked import exponentials
-from otgen.errors import UsageError
-from otgen.solvers import second
-from otgen.solvers.inputs import Clouds, Given, working_dtype
+from otgen.solvers.inputs import Clouds
 from otgen.solvers.sinkhorn import Outcome
 from otgen.solvers.steps import Steps, damping, scale
 
@@ -51,18 +50,51 @@ class Solution:
         """Whether one potential solves it: f = g."""
         return self.outcome.u is self.outcome.v
 
-    def mean(self, of: Callable[..., Tensor]) -> Tensor:
-        """Of a measure's transport to itself: half of a method's answers for both sides, together."""
-        return of() if self.symmetric else 0.5 * (of() + of(transposed=True))
+    @property
+    def swapped(self) -> Solution:
+        return replace(self, steps=self.steps.swapped, outcome=self.outcome.swapped)
+
+    @property
+    def a(self) -> Tensor:
+        return self.clouds.a
+
+    @property
+    def b(self) -> Tensor:
+        return self.clouds.b
+
+    @property
+    def r(self) -> Tensor:
+        """P·1 (n,)."""
+        return self.outcome.r
+
+    @property
+    def c(self) -> Tensor:
+        return self.outcome.c
 
     @property
     def f(self) -> Tensor:
-        """(n,) potential in units of the cost."""
-        return self.steps.potential(self.outcome.u)
+        """(n,) potential in units of the cost. Balanced, of all pairs (f + t, g − t) the one with <a, f>/Σa = <b, g>/Σb."""
+        f: Tensor = self.steps.potential(self.outcome.u) + self.constant
+        return f
 
     @property
     def g(self) -> Tensor:
-        return self.steps.swapped.potential(self.outcome.v)
+        g: Tensor = self.steps.swapped.potential(self.outcome.v) - self.constant
+        return g
+
+    @cached_property
+    def constant(self) -> Any:
+        """What is added to f and taken off g (…, 1); 0 where the potentials are determined."""
+        if self.symmetric or not self.steps.balanced:
+            return 0.0
+        of_f, of_g = _mean(self.steps, self.outcome.u), _mean(self.steps.swapped, self.outcome.v)
+        return ((of_g - of_f) / 2).to(self.outcome.u.dtype)
+
+    def part(self, i: int) -> Solution:
+        """The i-th problem of a solved batch."""
+        assert self.clouds.extents is not None
+        n, m = (int(count[i]) for count in self.clouds.extents)
+        return Solution(self.steps.part(i, n, m), self.outcome.part(i, n, m), self.choice)
 
     def dual(self) -> Tensor:
         """<a, φ_a(f)> + <b, φ_b(g)> − eps·Σ(P − a⊗b), float64 (…,); φ(f) = f, or ρ·(1 − exp(−f/ρ)) for a relaxed marginal."""
@@ -72,13 +104,9 @@ class Solution:
         return total
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
-        """(n,): φ_a(f) + eps·(Σb − ρ_i), the derivative of the dual in a, with the row sums ρ_i of the solution: 1, or exp(−f/ρ)
-        when relaxed. (m,): that in b, when transposed."""
-        steps, potential = (self.steps.swapped, self.g) if transposed else (self.steps, self.f)
-        sums = 1.0 if math.isinf(steps.rho_a) else torch.exp(-potential / steps.rho_a)
-        mass = steps.clouds.b.sum(-1, keepdim=True)
-        gradient: Tensor = _conjugate(potential, steps.rho_a).to(potential.dtype) + (mass - sums) * self.eps
-        return gradient
+        """(n,): the derivative of the dual in a (`weight_slope`); (m,): that in b, when transposed."""
+        side = self.swapped if transposed else self
+        return weight_slope(side.steps, side.f, side.b)
 
     def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
         """P·values, or Pᵀ·values."""
@@ -108,12 +136,16 @@ class Solution:
         cross = (x * self.apply(self.clouds.y).double()).sum((-2, -1))
         return (r * self.clouds.x_sq.double()).sum(-1) + (c * self.clouds.y_sq.double()).sum(-1) - 2.0 * cross
 
+    def density(self) -> Tensor:
+        """K = exp((f_i + g_j − C_ij)/eps) (n, m), all at once."""
+        entries = self.clouds.x.new_empty((*self.clouds.a.shape, self.clouds.b.shape[-1]))
+        exponentials(self.clouds.x, self.clouds.y, self.outcome.u, self.outcome.v, scale(self.eps), out=entries)
+        return entries
+
     def plan(self) -> Tensor:
         """(n, m), all at once."""
         a, b = self.clouds.a[..., None], self.clouds.b[..., None, :]
-        entries = self.clouds.x.new_empty((*self.clouds.a.shape, b.shape[-1]))
-        exponentials(self.clouds.x, self.clouds.y, self.outcome.u, self.outcome.v, scale(self.eps), out=entries)
-        return torch.where((a > 0) & (b > 0), entries.mul_(a).mul_(b), 0.0)
+        return torch.where((a > 0) & (b > 0), self.density().mul_(a).mul_(b), 0.0)
 
     def _launch(self, transposed: bool) -> dict[str, Any]:
         return (self.steps.swapped if transposed else self.steps).launch
@@ -123,6 +155,26 @@ class Solution:
         if transposed:
             return self.clouds.swapped, self.outcome.v, self.outcome.u
         return self.clouds, self.outcome.u, self.outcome.v
+
+
+def weight_slope(steps: Steps, f: Tensor, b: Tensor) -> Tensor:
+    """(n,): φ_a(f) + eps·(Σb − ρ_i), the derivative of the dual in a, with the row sums ρ_i of the solution: 1, or exp(−f/ρ) when
+    relaxed."""
+    sums = 1.0 if math.isinf(steps.rho_a) else torch.exp(-f / steps.rho_a)
+    slope: Tensor = _conjugate(f, steps.rho_a).to(f.dtype) + (b.sum(-1, keepdim=True) - sums) * steps.eps
+    return slope
+
+
+def averaged(solution: Solution, of: Callable[..., Tensor]) -> Tensor:
+    """Of a measure's transport to itself: half of a method's answers for both sides, together."""
+    return of() if solution.symmetric else 0.5 * (of() + of(transposed=True))
+
+
+def _mean(steps: Steps, u: Tensor) -> Tensor:
+    """(…, 1): <a, f>/Σa in float64."""
+    a = steps.clouds.a.double()
+    weighed = torch.where(a > 0, a * steps.potential(u).double(), 0.0)
+    return weighed.sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
 
 
 def barycentres(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
@@ -168,6 +220,10 @@ class Divergence:
     def solutions(self) -> tuple[Solution, ...]:
         return tuple(solution for solution in (self.cross, self.own_a, self.own_b) if solution is not None)
 
+    def part(self, i: int) -> Divergence:
+        """The i-th problem of a solved batch."""
+        return Divergence(*(solution.part(i) for solution in self.solutions))
+
     def dual(self) -> Tensor:
         """Float64 (…,)."""
         total = self.cross.dual()
@@ -192,7 +248,7 @@ class Divergence:
         cross = self.cross.gradient(transposed=transposed)
         if own is None:
             return cross
-        return cross - own.mean(own.gradient)
+        return cross - averaged(own, own.gradient)
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n,), its derivative in a; (m,) in b when transposed."""
@@ -201,93 +257,8 @@ class Divergence:
         if own is None:
             return cross
         surplus: Tensor = self._surplus[..., None].to(cross.dtype) * self.cross.eps
-        return cross - own.mean(own.weight_gradient) + (-surplus if transposed else surplus)
+        return cross - averaged(own, own.weight_gradient) + (-surplus if transposed else surplus)
 
     @property
     def _surplus(self) -> Tensor:
-        return self.cross.clouds.a.double().sum(-1) - self.cross.clouds.b.double().sum(-1)
-
-
-class DualValue(torch.autograd.Function):
-    """The dual objective with the gradient of the transport cost: by the envelope theorem the potentials count as constants.
-
-    Of a single solved problem that gradient is differentiable in the points (`otgen.solvers.second`).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, solution: Divergence, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-        ctx.solution = solution
-        ctx.save_for_backward(x, y, a, b)
-        return solution.dual().to(working_dtype(x))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        solution: Divergence = ctx.solution
-        derivatives: tuple[Callable[[], Tensor], ...] = (
-            solution.gradient,
-            lambda: solution.gradient(transposed=True),
-            solution.weight_gradient,
-            lambda: solution.weight_gradient(transposed=True),
-        )
-        inputs, found = ctx.saved_tensors, list[Tensor | None]()
-        twice = isinstance(solution, Divergence) and solution.cross.clouds.extents is None
-        for side, (derivative, needed, tensor) in enumerate(zip(derivatives, ctx.needs_input_grad[1:], inputs)):
-            if not needed:
-                found.append(None)
-            elif twice and side < 2:
-                found.append(second.gradient(solution, side, grad, inputs))
-            else:
-                with torch.no_grad():
-                    gradient = _scaled(grad, derivative()).to(tensor.dtype)
-                found.append(Once.apply(gradient, grad, *inputs))  # type: ignore[no-untyped-call]
-        return None, *found
-
-
-class Potentials(torch.autograd.Function):
-    """The potentials, each with the derivative in its own point that GeomLoss gives: of its last update, all else held."""
-
-    @staticmethod
-    def forward(ctx: Any, solution: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.solution = solution
-        ctx.save_for_backward(x, y)
-        f, g = solution.potentials()
-        return f, g
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = []
-        for transposed, (grad, points) in enumerate(zip(grads, ctx.saved_tensors)):
-            if not ctx.needs_input_grad[1 + transposed]:
-                found.append(None)
-                continue
-            with torch.no_grad():
-                slope = ctx.solution.potential_gradient(transposed=bool(transposed))
-                gradient = (grad[..., None] * slope).to(points.dtype)
-            found.append(Once.apply(gradient, grad, points))  # type: ignore[no-untyped-call]
-        return None, *found
-
-
-def _scaled(grad: Tensor, derivative: Tensor) -> Tensor:
-    """The derivatives of values (…,) by points or weights (…, n, …), each times the gradient of its value."""
-    return grad.reshape(grad.shape + (1,) * (derivative.ndim - grad.ndim)) * derivative
-
-
-class Once(torch.autograd.Function):
-    """A gradient that depends on `inputs` in a way that is not computed: differentiating it is an error, not a zero."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise UsageError(
-            "expected one derivative of this value at most, or two in the points of a single problem solved to a tolerance; "
-            "got another second one; type .detach() on the gradient"
-        )
-
-
-def value(solution: Divergence, given: Given) -> Tensor:
-    """The dual objective as a scalar of the working dtype, differentiable in the caller's points and weights."""
-    result: Tensor = DualValue.apply(solution, given.x, given.y, given.a, given.b)  # type: ignore[no-untyped-call]
-    return result
+        return self.cross.a.double().sum(-1) - self.cross.b.double().sum(-1)

@@ -78,6 +78,11 @@ class Steps:
         """The same problem under another regularisation."""
         return replace(self, eps=eps)
 
+    def part(self, i: int, n: int, m: int) -> Steps:
+        """The i-th problem of a batch, of n × m points, as a single one."""
+        eps = float(self.eps[i]) if isinstance(self.eps, Tensor) else self.eps
+        return Steps(self.clouds.part(i, n, m), eps, self.modes, self.rho_a, self.rho_b)
+
     def only(self, problems: Tensor) -> Steps:
         """The same batch, in which all but these `problems` (batch,) rest: their potentials stay, and their sums are 1."""
         return replace(self, clouds=self.clouds.only(problems))

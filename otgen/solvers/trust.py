@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from otgen.errors import InputError
-from otgen.solvers import curvature, options
+from otgen.errors import ConvergenceWarning, InputError
+from otgen.solvers import curvature, options, system
 
 if TYPE_CHECKING:
     from otgen.solvers.result import OTResult
@@ -108,7 +108,7 @@ def inverse_hvp(
         raise InputError("expected v to be 0 at points of zero weight; got others; type damping=1e-3, or v[a == 0] = 0")
     diagonal = 2.0 * solution.outcome.r + damping
     root = torch.where(diagonal > 0, diagonal, 1.0).sqrt()[:, None]
-    passes, inner = 0, min(curvature.TOLERANCE[dtype], max(0.1 * tol, torch.finfo(dtype).eps))
+    passes, inner = 0, min(system.TOLERANCE[dtype], max(0.1 * tol, torch.finfo(dtype).eps))
 
     def product(p: Tensor) -> Tensor:
         nonlocal passes
@@ -129,8 +129,6 @@ def inverse_hvp(
     begun, left = _dot(right, right), right - product(course.step)
     residual = math.sqrt(_dot(left, left) / begun) if begun > 0.0 else 0.0
     if not residual <= 2.0 * tol:
-        from otgen.solvers.result import ConvergenceWarning
-
         said = f"inverse_hvp was left with a relative residual of {residual:.1e} after {course.iterations} iterations"
         warnings.warn(f"{said}; raise damping or max_iter, or take float64", ConvergenceWarning, stacklevel=options.caller())
     answer = given.answer(course.step / root)
