@@ -6,7 +6,7 @@ otherwise. Import this module to have them; importing otgen does not.
 
 Tensors may have any strides. Arguments are those of `otgen.ops`, but that schemas know no unions: of a batch, `scales`, `dampings`,
 `dampings_a` and `dampings_b` (batch, 1) replace the number of their name, and `rows`, `columns` are its extents. `apply_plan` is
-differentiable in `values`. Another derivative, forward mode included, is a UsageError and not a zero.
+differentiable in `values`. Another derivative, forward mode included, is a NotImplementedError and not a zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from otgen import ops
-from otgen.errors import UsageError
+from otgen.errors import Unsupported
 from otgen.opaque import UNCAPTURED, refuse_forward_mode, samples_loss, samples_potentials
 
 __all__ = [
@@ -67,7 +67,7 @@ def _operator(name: str, schema: str, fake: Fake) -> Any:
         return fake(*args, **given)
 
     def refuse(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise UsageError(f"expected no derivative of otgen::{name}; got one; type .detach() on what it is given")
+        raise Unsupported(f"expected no derivative of otgen::{name}; got one; type .detach() on what it is given")
 
     operator.register_autograd(refuse)
     return operator
@@ -123,7 +123,7 @@ def _transposed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     others = [name for name, needed in zip("xyuvab", ctx.needs_input_grad) if needed]
     others += ["scales"] if any(ctx.needs_input_grad[7:]) else []
     if others:
-        raise UsageError(
+        raise Unsupported(
             f"expected otgen::apply_plan to be differentiated in values alone; got {', '.join(others)} with requires_grad; "
             f"type {others[0]}.detach()"
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from otgen.errors import UsageError
+from otgen.errors import Unsupported, UsageError
 from otgen.solvers.inputs import working_dtype
 from otgen.solvers.problems import Solved, problem_of
 from otgen.tracing import REFUSED
@@ -73,9 +73,9 @@ def _differentiated(tensor: Tensor) -> bool:
 
 
 def refuse_forward_mode(name: str) -> None:
-    """Raise UsageError inside torch.func.jvp, jacfwd or forward_ad.dual_level: PyTorch would take the derivative for zero."""
+    """Raise Unsupported inside torch.func.jvp, jacfwd or forward_ad.dual_level: PyTorch would take the derivative for zero."""
     if forward_ad._current_level >= 0:
-        raise UsageError(f"expected no forward-mode derivative around otgen::{name}; got one; type torch.func.grad or jacrev")
+        raise Unsupported(f"expected no forward-mode derivative around otgen::{name}; got one; type torch.func.grad or jacrev")
 
 
 def _solved(tensors: tuple[Tensor | None, ...], options: str) -> Solved:
@@ -213,7 +213,7 @@ def _scaled(grad: Tensor, slope: Tensor, leaf: Tensor, *inputs: Tensor | None) -
 
 
 def _refuse_second(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise UsageError("expected one derivative of a traced SamplesLoss at most; got a second; type .detach() on the gradient")
+    raise Unsupported("expected one derivative of a traced SamplesLoss at most; got a second; type .detach() on the gradient")
 
 
 samples_gradient = torch.library.custom_op(

@@ -223,6 +223,24 @@ def test_a_translation_changes_no_plan(n, m, dtype, share):
     assert max(float(part.abs().max()) for part in together) <= share * float(in_x.abs().max())
 
 
+def test_a_translation_of_ten_thousand_points():
+    x, y, a, b = problem(10_000, 10_000, 3, dtype=torch.float32)
+    result = otgen.solve_sample(x, y, a, b, reg=0.2, tol=1e-2)
+    shift = torch.tensor([1.0, -2.0, 0.5])
+    assert_close(result.hvp(shift.expand(10_000, 3), tol=1e-4), 2.0 * result.marginal_a[:, None] * shift, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::otgen.store.records.TuningWarning")
+@pytest.mark.parametrize(("n", "m"), [(17, 33), (33, 17)])
+def test_a_translation_through_interpreted_kernels(monkeypatch, n, m):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, y, a, b = problem(n, m, 3, dtype=torch.float32)
+    result = otgen.solve_sample(x, y, a, b, reg=0.2, precision="fp32")
+    shift = torch.tensor([1.0, -2.0, 0.5])
+    assert result.variant is not None
+    assert_close(result.hvp(shift.expand(n, 3)), 2.0 * result.marginal_a[:, None] * shift, 1e-4)
+
+
 @pytest.mark.parametrize("unbalanced", [None, 0.5, (0.5, None)])
 @pytest.mark.parametrize("debias", [False, True])
 def test_points_without_weight_have_no_second_derivative(unbalanced, debias):

@@ -262,7 +262,7 @@ class OTResult:
         """(n, d): the Hessian of `value` in X_a times a direction v (n, d), the derivative of its gradient as X_a moves along v.
 
         v_b  (m, d): X_b moves along with it; then the answer is a pair, the derivatives of both gradients, (n, d) and (m, d). A
-             side that is None rests. Several directions, (k, n, d) and (k, m, d), are taken one after the other
+             side that is None rests. Several directions, (k, n, d) and (k, m, d), share all sweeps but the last ones, 2K + 2 + k
         tol  relative residual of the linear systems, 1e-10 in float64 and 1e-6 in float32 when left out;  log  True: (answer, dict)
              with the "iterations" of conjugate gradients, their "residual", and the "passes" over the pairs, 2·iterations + 3
 
