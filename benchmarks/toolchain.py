@@ -46,7 +46,7 @@ def variants_per_minute(seconds: float, slug: str = "a100") -> tuple[float, int]
     Failures count as what they are, work done.
     """
     target, chooser = gpu(slug), random.Random(0)
-    problems = [kind.problem(4096, 4096, 64, **flags) for kind in FAMILIES.values() for flags in kind.standard(64)]
+    problems = [kind.problem(4096, 4096, 64, **flags) for kind in FAMILIES.values() for flags in kind.standard(4096, 4096, 64)]
     tasks = []
     for problem in problems:
         first = [

@@ -83,6 +83,34 @@ def symmetric_step(
     update(v, log_gamma, y_sq, scale, damping_b, step, v_out)
 
 
+def own_step(
+    *,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    a: Tensor,
+    x_sq: Tensor,
+    u_out: Tensor,
+    rho: Tensor,
+    scale: float,
+    damping: float = 1.0,
+    step: float = 0.5,
+) -> None:
+    """The update of the one potential `u` (n,) of a measure's transport to itself, and the row sums `rho`, from half of the scores.
+
+    y  the points of x as right factors: x itself, or with label costs what makes the scores symmetric
+    """
+    left, right = left_factor(x, u, scale), right_factor(y, u)
+    rho.zero_()
+    for rows, columns, tile in score_tiles(left, right, later=True):
+        rho[rows].addmv_(tile.exp2_(), a[columns])
+        after = max(rows.stop - columns.start, 0)
+        if after < tile.shape[1]:
+            rho[columns][after:].addmv_(tile[:, after:].T, a[rows])
+    log_rho = _log_sums(rho, left, right_factor(y, masked(u, a)), a)
+    update(u, log_rho, x_sq, scale, damping, step, u_out)
+
+
 def apply_vector(
     *, x: Tensor, y: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, values: Tensor, out: Tensor, scale: float
 ) -> None:
@@ -200,14 +228,17 @@ def masked(potential: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights != 0, potential, NEVER)
 
 
-def score_tiles(left: Tensor, right: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of left·rightᵀ with their rows and columns. A tile may be overwritten, and is, by the next one."""
+def score_tiles(left: Tensor, right: Tensor, *, later: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of left·rightᵀ with their rows and columns. A tile may be overwritten, and is, by the next one.
+
+    later  leaves out the columns before the first row of each tile: n = m
+    """
     n, m = left.shape[0], right.shape[0]
     height, width = _tile(n, m, CPU_TILE * torch.get_num_threads() if left.device.type == "cpu" else GPU_TILE)
     store = left.new_empty(height * width)
     for i in range(0, n, height):
         rows = slice(i, min(i + height, n))
-        for j in range(0, m, width):
+        for j in range(i if later else 0, m, width):
             columns = slice(j, min(j + width, m))
             shape = rows.stop - i, columns.stop - j
             yield rows, columns, torch.mm(left[rows], right[columns].T, out=store[: shape[0] * shape[1]].view(shape))

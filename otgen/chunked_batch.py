@@ -77,6 +77,12 @@ def symmetric_step(*, rows: Tensor, columns: Tensor, **arguments: Any) -> None:
     _each(rows, columns, arguments, chunked.symmetric_step, _symmetric_steps)
 
 
+def own_step(*, rows: Tensor, columns: Tensor, **arguments: Any) -> None:
+    """The updates `u_out` of the one potential `u` (batch, n) of measures' transport to themselves, and their row sums `rho`."""
+    _rest(arguments)
+    _each(rows, rows, arguments, chunked.own_step, _own_steps)
+
+
 def apply_vector(*, values: Tensor, out: Tensor, **arguments: Any) -> None:
     """P·values for one vector a problem, (batch, m) → (batch, n)."""
     apply_matrix(values=values[..., None], out=out[..., None], **arguments)
@@ -126,6 +132,10 @@ def _half_steps(run: Run, own: dict[str, Any]) -> None:
     sums = _weighted(torch.bmm(left, right.mT).exp2_(), b)
     logs, sums = _log_sums(sums, run.rows, left, right, b)
     _write(run.rows, _updated(u, logs, own["x_sq"], scale, own["damping"], own["step"]), sums, own["u_out"], own["rho"])
+
+
+def _own_steps(run: Run, own: dict[str, Any]) -> None:
+    _half_steps(run, {**own, "v": own["u"], "b": own["a"]})
 
 
 def _symmetric_steps(run: Run, own: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "samples_loss",
     "samples_potentials",
     "sinkhorn_half_step",
+    "sinkhorn_own_step",
     "sinkhorn_symmetric_step",
     "traced",
 ]
@@ -93,6 +94,12 @@ sinkhorn_symmetric_step = _operator(
     f"{BATCH}, Tensor? dampings_a=None, Tensor? dampings_b=None) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, y, u, v, *rest, **more: (_like(u), _like(v), _like(u), _like(v)),
 )
+sinkhorn_own_step = _operator(
+    "sinkhorn_own_step",
+    "(Tensor x, Tensor y, Tensor u, Tensor a, Tensor x_sq, "
+    f"str[] modes, float scale=1.0, float damping=1.0, float step=0.5, {BATCH}, Tensor? dampings=None) -> (Tensor, Tensor)",
+    lambda x, y, u, *rest, **more: (_like(u), _like(u)),
+)
 apply_plan = _operator("apply_plan", f"({PLAN}, Tensor values, str[] modes, float scale=1.0, {BATCH}) -> Tensor", _applied)
 plan_gradient = _operator(
     "plan_gradient",
@@ -138,6 +145,7 @@ apply_plan.register_autograd(_transposed, setup_context=_keep)
 OPERATORS = {
     "sinkhorn_half_step": sinkhorn_half_step,
     "sinkhorn_symmetric_step": sinkhorn_symmetric_step,
+    "sinkhorn_own_step": sinkhorn_own_step,
     "apply_plan": apply_plan,
     "plan_gradient": plan_gradient,
     "hvp_matvec": hvp_matvec,

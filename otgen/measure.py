@@ -34,6 +34,9 @@ FLUSH_BYTES = 1 << 30
 ROWS, COLUMNS = 1021, 1024
 """Points of the small input that a problem's points are taken from. They differ: a tensor's length tells its side."""
 
+SECOND = ("y", "v", "b")
+"""The tensors that are columns in a measure's transport to itself, where lengths do not tell."""
+
 SAMPLE = 64
 """Points of each side at which outputs of the real size are compared with float64."""
 
@@ -80,7 +83,8 @@ def measure(problem: Problem, variant: Variant) -> tuple[list[Accuracy], Timing 
 class Points:
     """Input of any size at the price of a small one: index vectors (n,), (m,) into the points of a ROWS × COLUMNS test input.
 
-    The first row is left out: where a family's test input makes a shifted sweep redo a block, it does so there.
+    The first row is left out: where a family's test input makes a shifted sweep redo a block, it does so there. In a measure's
+    transport to itself the columns, those of the tensors in SECOND, are its rows.
     """
 
     problem: Problem
@@ -92,14 +96,19 @@ class Points:
     def of(cls, problem: Problem, seed: int = 0) -> Points:
         import torch
 
-        base = family(problem.family).inputs(replace(problem, n=ROWS, m=COLUMNS), seed)
+        own = problem.own
+        base = family(problem.family).inputs(replace(problem, n=ROWS, m=ROWS if own else COLUMNS), seed)
         rows, columns = 1 + torch.arange(problem.n) % (ROWS - 1), torch.arange(problem.m) % COLUMNS
-        return cls(problem, base, rows, columns)
+        return cls(problem, base, rows, rows if own else columns)
 
     def given(self) -> dict[str, Any]:
         """What `Family.inputs` returns, at the problem's sizes."""
-        side = {ROWS: self.rows, COLUMNS: self.columns}
-        return {name: value[side[len(value)]] if hasattr(value, "shape") else value for name, value in self.base.items()}
+        own = self.problem.own
+
+        def picked(name: str, value: Any) -> Any:
+            return value[self.columns if len(value) == COLUMNS or (own and name in SECOND) else self.rows]
+
+        return {name: picked(name, value) if hasattr(value, "shape") else value for name, value in self.base.items()}
 
     def compare(self, variant: Variant, call: Mapping[str, Any]) -> list[Accuracy]:
         """The outputs in `call` of a launch on `given()` against float64, at evenly spread points of the side they belong to.
@@ -110,7 +119,7 @@ class Points:
         import torch
 
         kind = family(self.problem.family)
-        probe = kind.arguments(replace(self.problem, n=ROWS, m=COLUMNS)).items()
+        probe = kind.arguments(replace(self.problem, n=ROWS, m=ROWS if self.problem.own else COLUMNS)).items()
         sides = {name: spec.shape[0] for name, spec in probe if isinstance(spec, Spec) and spec.role == "out"}
         results = []
         for side in dict.fromkeys(sides.values()):

@@ -35,6 +35,7 @@ Flags = tuple[tuple[str, int | str], ...]
 
 ALTERNATING: Flags = (("schedule", "alternating"),)
 SYMMETRIC: Flags = (("schedule", "symmetric"),)
+OWN: Flags = (("schedule", "own"),)
 VECTOR: Flags = (("output", "vector"), ("width", 1))
 GRADIENT: Flags = (("output", "gradient"), ("width", 1))
 MATVEC: Flags = (("product", "matvec"),)
@@ -54,6 +55,7 @@ class Streamed:
 STREAMED: dict[Flags, Streamed] = {
     ALTERNATING: Streamed(chunked.half_step),
     SYMMETRIC: Streamed(chunked.symmetric_step),
+    OWN: Streamed(chunked.own_step),
     VECTOR: Streamed(chunked.apply_vector),
     GRADIENT: Streamed(chunked.gradient),
     MATVEC: Streamed(chunked.matvec),
@@ -64,6 +66,7 @@ STREAMED_MATRIX = Streamed(chunked.apply_matrix)
 STREAMED_BATCH: dict[Flags, Streamed] = {
     ALTERNATING: Streamed(chunked_batch.half_step),
     SYMMETRIC: Streamed(chunked_batch.symmetric_step),
+    OWN: Streamed(chunked_batch.own_step),
     VECTOR: Streamed(chunked_batch.apply_vector),
     GRADIENT: Streamed(chunked_batch.gradient),
 }
@@ -198,6 +201,30 @@ def sinkhorn_symmetric_step(
     each = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b}
     _launch("sinkhorn", SYMMETRIC, modes, {**clouds, **outputs, "step": step}, extents, **each)
     return u_out, v_out, rho, gamma
+
+
+@opaque
+def sinkhorn_own_step(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    a: Tensor,
+    x_sq: Tensor,
+    *,
+    scale: Scalar,
+    damping: Scalar = 1.0,
+    step: float = 0.5,
+    modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(u_new, rho): the update of the one potential of a measure's transport to itself, and the row sums of the u that came in.
+
+    y  x once more, or with label costs (`otgen.solvers.labels`) its right factors: scores are symmetric, and half of them may do
+    """
+    u_out, rho = torch.empty_like(u), torch.empty_like(u)
+    arguments = {"x": x, "y": y, "u": u, "a": a, "x_sq": x_sq, "u_out": u_out, "rho": rho}
+    _launch("sinkhorn", OWN, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
+    return u_out, rho
 
 
 @opaque

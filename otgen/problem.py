@@ -65,6 +65,11 @@ class Problem:
         return int(dict(self.flags).get("batch", 1))
 
     @property
+    def own(self) -> bool:
+        """Whether the columns are the rows: a measure's transport to itself."""
+        return ("schedule", "own") in self.flags
+
+    @property
     def flag_text(self) -> str:
         return ",".join(f"{k}={v}" for k, v in self.flags)
 
@@ -185,7 +190,7 @@ class Family:
     work       (problem, variant) → what its launches do, for the performance model
     budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
     grid_axes  axes that change how many programs there are and not what they do: all values above one compile alike
-    standard   d → the flag combinations that `otgen tune` covers when none is asked for
+    standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
     """
 
     name: str
@@ -199,7 +204,7 @@ class Family:
     reference: Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
     work: Callable[[Problem, Variant], Work]
     budget: Callable[[Problem, Variant, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
-    standard: Callable[[int], tuple[Mapping[str, Value], ...]]
+    standard: Callable[[int, int, int], tuple[Mapping[str, Value], ...]]
     grid_axes: tuple[str, ...] = ()
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:

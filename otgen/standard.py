@@ -15,7 +15,7 @@ def combinations(name: str, n: int, m: int, d: int, dtype: str, flags: Mapping[s
     Raises UsageError for a flag or a value that the family does not have.
     """
     kind = family(name)
-    chosen = [kind.problem(n, m, d, dtype, **combination) for combination in kind.standard(d)]
+    chosen = [kind.problem(n, m, d, dtype, **combination) for combination in kind.standard(n, m, d)]
     for flag, value in flags.items():
         kept = [problem for problem in chosen if (flag, value) in problem.flags]
         chosen = kept or [kind.problem(n, m, d, dtype, **{**dict(problem.flags), flag: value}) for problem in chosen]

@@ -12,6 +12,7 @@ from otgen.problem import Spec, Variant
 CASES = [
     ("sinkhorn", {"schedule": "alternating"}, chunked.half_step),
     ("sinkhorn", {"schedule": "symmetric"}, chunked.symmetric_step),
+    ("sinkhorn", {"schedule": "own"}, chunked.own_step),
     ("transport", {"output": "vector"}, chunked.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked.apply_matrix),
     ("transport", {"output": "gradient"}, chunked.gradient),
@@ -20,6 +21,12 @@ CASES = [
 ]
 SHAPES = [(1, 1, 1), (1, 700, 3), (700, 1, 2), (97, 131, 65), (512, 1024, 3)]
 EXACT = Variant(precision="ieee")
+
+
+def sized(shape, flags):
+    """The shape, with columns that are its rows for a measure's transport to itself."""
+    n, m, d = shape
+    return n, n if flags.get("schedule") == "own" else m, d
 
 
 def arguments(problem, dtype, seed=0):
@@ -38,7 +45,7 @@ def arguments(problem, dtype, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, shape)) for shape in SHAPES])
 @pytest.mark.parametrize(("name", "flags", "launch"), CASES, ids=[case[2].__name__ for case in CASES])
 def test_launch_agrees_with_the_family_reference(name, flags, launch, shape, dtype):
-    problem = family(name).problem(*shape, **flags)
+    problem = family(name).problem(*sized(shape, flags), **flags)
     made, given = arguments(problem, dtype)
     expected = family(name).reference(problem, given)
     budget = family(name).budget(problem, EXACT, given, expected)
@@ -51,6 +58,7 @@ def test_launch_agrees_with_the_family_reference(name, flags, launch, shape, dty
 BATCHES = [
     ("sinkhorn", {"schedule": "alternating"}, chunked_batch.half_step),
     ("sinkhorn", {"schedule": "symmetric"}, chunked_batch.symmetric_step),
+    ("sinkhorn", {"schedule": "own"}, chunked_batch.own_step),
     ("transport", {"output": "vector"}, chunked_batch.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked_batch.apply_matrix),
     ("transport", {"output": "gradient"}, chunked_batch.gradient),
@@ -63,7 +71,7 @@ BATCHES = [
 def test_batch_agrees_with_the_family_reference(name, flags, launch, shape, tile, monkeypatch):
     """Problems of five sizes, one resting, however many fit a tile."""
     monkeypatch.setattr(chunked_batch, "CPU_TILE", tile)
-    problem = family(name).problem(*shape, batch=5, **flags)
+    problem = family(name).problem(*sized(shape, flags), batch=5, **flags)
     made, given = arguments(problem, torch.float64)
     made |= {extent: given[extent].int() for extent in ("rows", "columns")}
     launch(**made)
@@ -71,11 +79,16 @@ def test_batch_agrees_with_the_family_reference(name, flags, launch, shape, tile
         torch.testing.assert_close(made[output], value, rtol=1e-9, atol=1e-10)
 
 
-def test_tiles_cover_every_pair_once_whatever_their_size(monkeypatch):
-    problem = family("sinkhorn").problem(1100, 37, 3, schedule="symmetric")
+@pytest.mark.parametrize(
+    ("schedule", "m", "launch"),
+    [("symmetric", 37, chunked.symmetric_step), ("own", 1100, chunked.own_step)],
+    ids=["symmetric", "own"],
+)
+def test_tiles_cover_every_pair_once_whatever_their_size(schedule, m, launch, monkeypatch):
+    problem = family("sinkhorn").problem(1100, m, 3, schedule=schedule)
     monkeypatch.setattr(chunked, "CPU_TILE", 64)
     made, given = arguments(problem, torch.float64)
-    chunked.symmetric_step(**made)
+    (chunked.symmetric_step if schedule == "symmetric" else chunked.own_step)(**made)
     for output, value in family("sinkhorn").reference(problem, given).items():
         torch.testing.assert_close(made[output], value, rtol=1e-10, atol=1e-10)
 
@@ -84,6 +97,24 @@ def test_tiles_cover_every_pair_once_whatever_their_size(monkeypatch):
 def test_tiles_avoid_the_strides_that_alias(m):
     _, width = chunked._tile(4096, m, 1 << 18)
     assert width % chunked.SLOW_STRIDE
+
+
+def test_half_of_the_scores_do_for_a_measure_with_itself(monkeypatch):
+    """Scores that are computed, of n²: a half, and half of a tile's rows."""
+    counted = []
+    kept = chunked.score_tiles
+
+    def tiles(*factors, **options):
+        for rows, columns, tile in kept(*factors, **options):
+            counted.append(tile.numel())
+            yield rows, columns, tile
+
+    monkeypatch.setattr(chunked, "score_tiles", tiles)
+    n = 6000
+    x = torch.rand(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_sq, a = x.square().sum(1), torch.full((n,), 1 / n, dtype=torch.float64)
+    ops.sinkhorn_own_step(x, x, -0.5 * x_sq, a, x_sq, scale=1.0)
+    assert sum(counted) <= 0.55 * n**2
 
 
 def test_memory_stays_linear():

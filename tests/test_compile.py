@@ -40,8 +40,7 @@ def test_compiles_for_every_architecture(name: str) -> None:
     kind = family(name)
     tasks = {}
     for arch, slug in ARCHITECTURES.items():
-        for flags in every(kind, 64):
-            problem = kind.problem(4096, 4096, 64, **flags)
+        for problem in every(kind, 4096, 4096, 64):
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 axes = {"fusion": fusion} if fusion else {}
                 tasks[arch, problem.flag_text, fusion] = problem, tuned(problem, "bf16", **axes), slug
@@ -113,8 +112,7 @@ def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
     """Triton turns an integer argument of 1 into a constant; the interpreter does not, so only the compiler can object."""
     tasks = {}
     for kind in FAMILIES.values():
-        for flags in every(kind, shape[2]):
-            problem = kind.problem(*shape, **flags)
+        for problem in every(kind, *shape):
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))
                 tasks[problem.flag_text, fusion] = problem, variant, "a100"

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 import pytest
-from kinds import every
+from kinds import every, standard
 from triton.runtime.interpreter import InterpretedFunction
 
 from otgen.errors import UsageError
@@ -18,14 +18,14 @@ from otgen.problem import Problem, Variant
 from otgen.render import load
 from otgen.verify import call_arguments, failures, interpret, verify
 
-PROBLEMS = [kind.problem(4096, 4096, d, **flags) for kind in FAMILIES.values() for d in (3, 64, 100) for flags in kind.standard(d)]
+PROBLEMS = [problem for kind in FAMILIES.values() for d in (3, 64, 100) for problem in standard(kind, 4096, 4096, d)]
 
 BATCHES = [
-    kind.problem(256, 200, d, batch=64, **flags)
+    problem
     for kind in FAMILIES.values()
     if "batch" in kind.flags
     for d in (3, 64)
-    for flags in kind.standard(d)
+    for problem in standard(kind, 256, 200, d, batch=64)
 ]
 """Of every family that has batches; `otgen.verify.interpret` takes three of the 64, of different sizes, one of them resting."""
 
@@ -60,20 +60,19 @@ def test_interpreted_kernels_agree_with_float64(problem: Problem) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_awkward_shapes(name: str, shape: tuple[int, int, int]) -> None:
     kind = family(name)
-    for flags in every(kind, shape[2]):
-        problem = kind.problem(*shape, **flags)
-        variant = kind.default(problem).with_(stabiliser="shifted", BLOCK_M=32)
-        results = verify(problem, variant, load(problem, variant).launch, "cpu")
-        assert not list(failures(results)), flags
+    for problem in every(kind, *shape):
+        for fusion in kind.axes(problem).get("fusion", ("",)):
+            variant = kind.default(problem).with_(stabiliser="shifted", BLOCK_M=32, **({"fusion": fusion} if fusion else {}))
+            results = verify(problem, variant, load(problem, variant).launch, "cpu")
+            assert not list(failures(results)), variant
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sixteen_bit_storage(name: str, dtype: str) -> None:
     kind = family(name)
-    for flags in every(kind, 40):
-        problem = kind.problem(70, 50, 40, dtype, **flags)
-        assert not list(failures(interpret(problem, kind.default(problem)))), flags
+    for problem in every(kind, 70, 50, 40, dtype):
+        assert not list(failures(interpret(problem, kind.default(problem)))), problem
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -81,9 +80,8 @@ def test_sixteen_bit_storage(name: str, dtype: str) -> None:
 def test_the_default_is_legal_everywhere(name: str, gpu: str) -> None:
     kind = family(name)
     for d in (1, 3, 64, 1025):
-        for flags in kind.standard(d):
-            for dtype in ("fp32", "bf16", "fp16"):
-                problem = kind.problem(1000, 10, d, dtype, **flags)
+        for dtype in ("fp32", "bf16", "fp16"):
+            for problem in standard(kind, 1000, 10, d, dtype):
                 assert kind.check(problem, kind.default(problem)) == kind.default(problem)
                 assert kind.fits(problem, kind.default(problem), GPUS[gpu]) == ""
 
@@ -116,8 +114,7 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
 def test_the_work_of_a_variant_has_the_grid_of_its_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model believes of each launch is what `launch()` does, on uneven shapes."""
     kind = family(name)
-    for flags in every(kind, 40):
-        problem = kind.problem(150, 70, 40, **flags)
+    for problem in every(kind, 150, 70, 40):
         for variant in spread(problem, 4):
             module = load(problem, variant)
             grids: list[tuple[int, ...]] = []
@@ -143,7 +140,7 @@ def test_a_wrong_kernel_is_told_from_a_right_one() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"shedule": "symmetric"}, "Did you mean 'schedule'"), ({"schedule": "jacobi"}, "known: alternating, symmetric")],
+    [({"shedule": "symmetric"}, "Did you mean 'schedule'"), ({"schedule": "jacobi"}, "known: alternating, own, symmetric")],
 )
 def test_unknown_flags(flags: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):

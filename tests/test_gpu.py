@@ -17,6 +17,7 @@ import otgen
 from otgen import ops
 from otgen.errors import ConvergenceWarning
 from otgen.families import FAMILIES, family, sinkhorn
+from otgen.families.sinkhorn import SWEPT
 from otgen.gpus import detect
 from otgen.measure import FEWEST, Points, measure
 from otgen.precision import MODES
@@ -34,7 +35,7 @@ MASKED = 40
 
 def problems(n: int, m: int, d: int) -> list[Problem]:
     """One problem of every family and standard combination of flags."""
-    return [kind.problem(n, m, d, **flags) for kind in FAMILIES.values() for flags in every(kind, d)]
+    return [problem for kind in FAMILIES.values() for problem in every(kind, n, m, d)]
 
 
 def variants(problem: Problem) -> Iterator[Variant]:
@@ -42,7 +43,7 @@ def variants(problem: Problem) -> Iterator[Variant]:
     fusions = family(problem.family).axes(problem).get("fusion", ("",))
     base = family(problem.family).default(problem).with_(BLOCK_M=64, BLOCK_N=32)
     for (i, mode), (j, stabiliser), fusion in product(enumerate(MODES), enumerate(("running", "shifted")), fusions):
-        if fusion == "one_sweep" and stabiliser == "running":
+        if fusion in SWEPT and stabiliser == "running":
             continue
         own = {"fusion": fusion} if fusion else {}
         if fusion == "one_sweep":

@@ -22,6 +22,7 @@ DTYPES = [torch.float64, torch.float32]
 NUMBERS = {
     "sinkhorn_half_step": {"scale": 1.5, "damping": 0.9, "step": 0.75},
     "sinkhorn_symmetric_step": {"scale": 1.5, "damping_a": 0.9, "damping_b": 0.8, "step": 0.5},
+    "sinkhorn_own_step": {"scale": 1.5, "damping": 0.9, "step": 0.75},
     "apply_plan": {"scale": 1.5},
     "plan_gradient": {"scale": 1.5, "cost": 0.5},
     "hvp_matvec": {"scale": 1.5, "alpha": 0.3, "beta": 0.7},
@@ -31,13 +32,14 @@ NUMBERS = {
 TENSORS = {
     "sinkhorn_half_step": ("x", "y", "u", "v", "b", "x_sq"),
     "sinkhorn_symmetric_step": ("x", "y", "u", "v", "a", "b", "x_sq", "y_sq"),
+    "sinkhorn_own_step": ("x", "x", "u", "a", "x_sq"),
     "apply_plan": ("x", "y", "u", "v", "a", "b", "values"),
     "plan_gradient": ("x", "y", "u", "v", "a", "b", "a"),
     "hvp_matvec": ("x", "y", "u", "v", "a", "b", "v", "u"),
     "hvp_assemble": ("x", "y", "u", "v", "a", "b", "a", "x", "u", "v"),
 }
 
-BATCHED = ["sinkhorn_half_step", "sinkhorn_symmetric_step", "apply_plan", "plan_gradient"]
+BATCHED = ["sinkhorn_half_step", "sinkhorn_symmetric_step", "sinkhorn_own_step", "apply_plan", "plan_gradient"]
 
 KINDS = [(name, None) for name in TENSORS] + [(name, 2) for name in BATCHED]
 

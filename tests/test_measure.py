@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import standard
 
 from otgen import measure, run, tuner
 from otgen.compile import Inspection
@@ -23,7 +24,7 @@ from otgen.tuner import Settings, tune
 from otgen.verify import Accuracy, call_arguments
 from otgen.workload import CompiledLaunch
 
-PROBLEMS = [kind.problem(1500, 1100, 7, **flags) for kind in FAMILIES.values() for flags in kind.standard(7)]
+PROBLEMS = [problem for kind in FAMILIES.values() for problem in standard(kind, 1500, 1100, 7)]
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0.0, 1.0), (0.5, 2.5), (0.2, 1.6), (1.0, 4.0)])

@@ -34,6 +34,8 @@ CASES = {
     "sinkhorn_one_launch": case("sinkhorn", {"fusion": "one_launch", "SPLITS": 1}, schedule="symmetric"),
     "sinkhorn_one_sweep": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 1}, schedule="symmetric"),
     "sinkhorn_one_sweep_split": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4}, schedule="symmetric"),
+    "sinkhorn_own": case("sinkhorn", {"fusion": "half_step", "SPLITS": 1}, schedule="own"),
+    "sinkhorn_half_sweep": case("sinkhorn", {"fusion": "half_sweep", "SPLITS": 4}, schedule="own"),
     "sinkhorn_batch": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating", batch=64),
     "transport_vector": case("transport", {}, output="vector"),
     "transport_matrix": case("transport", {"BLOCK_W": 32}, output="matrix", width=100),
@@ -55,11 +57,13 @@ def test_golden(name: str) -> None:
 def test_goldens_cover_every_family_and_fusion_and_nothing_else() -> None:
     assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
     problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values() if problem.batch == 1}
-    assert problems == {(kind.name, next(iter(flags.values()))) for kind in FAMILIES.values() for flags in kind.standard(64)}
-    symmetric = family("sinkhorn").problem(1, 1, 1, schedule="symmetric")
-    assert {v["fusion"] for p, v in CASES.values() if p.flags == symmetric.flags} == set(
-        family("sinkhorn").axes(symmetric)["fusion"]
-    )
+    combinations = [(kind.name, flags) for kind in FAMILIES.values() for flags in kind.standard(4096, 4096, 64)]
+    assert problems == {(name, next(iter(flags.values()))) for name, flags in combinations}
+    for schedule in ("symmetric", "own"):
+        problem = family("sinkhorn").problem(1, 1, 1, schedule=schedule)
+        assert {v["fusion"] for p, v in CASES.values() if p.flags == problem.flags} == set(
+            family("sinkhorn").axes(problem)["fusion"]
+        )
 
 
 @pytest.mark.parametrize("name", CASES)

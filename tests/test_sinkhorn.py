@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from otgen.families import family, sinkhorn, tiles
+from otgen.gpus import gpu
 from otgen.problem import Problem, Variant
 from otgen.render import load
 from otgen.verify import call_arguments
@@ -13,11 +14,12 @@ from otgen.verify import call_arguments
 KIND = family("sinkhorn")
 SYMMETRIC = KIND.problem(70, 45, 5, schedule="symmetric")
 ALTERNATING = KIND.problem(70, 45, 5)
+OWN = KIND.problem(150, 150, 5, schedule="own")
 
 
 def run(problem: Problem, given: dict[str, torch.Tensor], **axes: int | str) -> dict[str, torch.Tensor]:
     """The outputs of an interpreted kernel, in float64."""
-    variant = KIND.default(problem).with_(BLOCK_M=32, BLOCK_N=16, **axes)
+    variant = KIND.default(problem).with_(**{"BLOCK_M": 32, "BLOCK_N": 16, **axes})
     call = call_arguments(problem, given, "cpu")
     load(problem, variant).launch(**call)
     return {name: call[name].double() for name in KIND.reference(problem, given)}
@@ -76,8 +78,22 @@ def test_marginals_have_the_same_mass() -> None:
     torch.testing.assert_close(rows, columns, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("tile", [(32, 16), (16, 64), (64, 64)], ids=str)
+def test_half_a_sweep_has_all_sums(splits: int, tile: tuple[int, int]) -> None:
+    """Symmetric scores: later columns are rows too, whatever the tile and however many programs share them."""
+    given = sinkhorn.inputs(OWN, 5)
+    expected, (rows, columns) = sinkhorn.reference(OWN, given), tile
+    options = {"fusion": "half_sweep", "stabiliser": "shifted", "BLOCK_M": rows, "BLOCK_N": columns, "SPLITS": splits}
+    found = run(OWN, given, **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4)
+
+
+def test_only_a_measure_with_itself_has_half_a_sweep() -> None:
+    assert "as many columns as rows" in KIND.fits(KIND.problem(70, 45, 5, schedule="own"), KIND.default(OWN), gpu("a100"))
+
+
 def test_one_sweep_needs_a_shift() -> None:
     variant = Variant(KIND.default(SYMMETRIC), fusion="one_sweep", stabiliser="running")
-    from otgen.gpus import gpu
-
     assert "common shift" in KIND.fits(SYMMETRIC, variant, gpu("a100"))

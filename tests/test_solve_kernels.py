@@ -177,11 +177,11 @@ def test_off_accepts_whatever_was_tuned(interpreted, monkeypatch):
     [
         ("anderson", {}, ""),
         ("alternating", {"scaling": 0.5}, ""),
-        ("alternating", {"debias": True}, ""),
+        ("alternating", {"debias": True}, "sinkhorn[schedule=own]"),
         ("newton", {}, "hvp[product=matvec]"),
         ("symmetric", {}, ""),
         ("symmetric", {"scaling": 0.5}, "sinkhorn[schedule=alternating]"),
-        ("symmetric", {"debias": True}, "sinkhorn[schedule=alternating]"),
+        ("symmetric", {"debias": True}, "sinkhorn[schedule=own]"),
     ],
 )
 def test_off_refuses_what_a_named_variant_does_not_serve(interpreted, monkeypatch, method, options, refused):
@@ -236,7 +236,7 @@ def test_now_tunes_what_the_loop_launches_once(interpreted, tuned):
     otgen.solve_sample(x, y, reg=0.2, tol=1e-2, tune="now", method="newton", debias=True)
     assert {centre(call[0][0]) for call in tuned[4::2]} == {
         centre(Problem("hvp", n, m, 2, flags=(("product", "matvec"),))) for n, m in ((12, 7), (7, 12))
-    } | {centre(Problem("sinkhorn", n, n, 2, flags=flags)) for n in (12, 7)}
+    } | {centre(Problem("sinkhorn", n, n, 2, flags=ops.OWN)) for n in (12, 7)}
 
 
 @pytest.mark.parametrize(("cache", "tunes"), [("exact", False), ("pinned", False), ("nearest", True), ("predicted", True)])

@@ -104,7 +104,8 @@ def budget(of: Budget) -> Budget:
 
 def _part(problem: Problem, i: int) -> Problem:
     flags = tuple(flag for flag in problem.flags if flag[0] != "batch")
-    n, m = max(1, problem.n - 3 * i), max(1, problem.m - 5 * i)
+    n = max(1, problem.n - 3 * i)
+    m = n if problem.own else max(1, problem.m - 5 * i)
     return Problem(problem.family, n, m, problem.d, problem.dtype, flags)
 
 

@@ -110,7 +110,7 @@ def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expecte
     return {"out": 2.0 * share * float(terms.max()) + slack}
 
 
-def standard(d: int) -> tuple[Mapping[str, Value], ...]:
+def standard(n: int, m: int, d: int) -> tuple[Mapping[str, Value], ...]:
     return {"product": "matvec"}, {"product": "assembly"}
 
 

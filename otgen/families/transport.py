@@ -92,7 +92,7 @@ def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expecte
     return {"out": tiles.relative_budget(variant, given) * terms + tiles.FP32_SLACK * float(expected["out"].abs().max())}
 
 
-def standard(d: int) -> tuple[Mapping[str, Value], ...]:
+def standard(n: int, m: int, d: int) -> tuple[Mapping[str, Value], ...]:
     return {"output": "vector"}, {"output": "matrix", "width": d}, {"output": "gradient"}
 
 

@@ -139,16 +139,21 @@ def divergence(
         sides = (steps.clouds, steps.clouds.swapped) if debias else ()
         alone = [replace(steps, clouds=clouds.own) for clouds in sides]
         for problem in alone:
-            course.kernels.ready("alternating", problem)
+            course.kernels.ready(own_method(problem), problem)
         return Divergence(solved(method, steps, pair, course, finer=finer), *(own(problem, course) for problem in alone))
 
 
+def own_method(steps: Steps) -> str:
+    """The loop for a measure's transport to itself: one potential solves it unless its sides are relaxed differently."""
+    return "own" if steps.rho_a == steps.rho_b else "anderson"
+
+
 def own(steps: Steps, course: Course) -> Solution:
-    """A measure's transport to itself, which one potential solves unless its sides are relaxed differently."""
+    """A measure's transport to itself."""
     course = replace(course, callback=lambda n, error: None, scaling=None)
-    if steps.rho_a != steps.rho_b:
-        return solved("anderson", steps, None, course, finer=False)
-    choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.ALTERNATING, steps.modes).choice
+    if own_method(steps) != "own":
+        return solved(own_method(steps), steps, None, course, finer=False)
+    choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.OWN, steps.modes).choice
     u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))
     watch = course.watch(steps, precision_of(choice), np.zeros(steps.clouds.a[..., 0].numel(), dtype=int))
     return Solution(steps, sinkhorn.self_problem(steps, u, watch), choice)

@@ -106,6 +106,9 @@ def kernels_of(
 def _launches(method: str, clouds: Clouds, annealed: bool) -> Iterator[tuple[str, Tensor, Tensor, Flags]]:
     """family, x, y and flags of all that a loop launches."""
     x, y = clouds.x, clouds.y
+    if method == "own":
+        yield "sinkhorn", x, x, ops.OWN
+        return
     if method == "symmetric":
         yield "sinkhorn", x, y, ops.SYMMETRIC
     sides = [(x, y), (y, x)] if x.shape != y.shape else [(x, y)]

@@ -89,7 +89,7 @@ def solve_sample(
     variant          "auto" takes the kernels that dispatch chooses; a mapping of axes, as `otgen.pin` takes, is the variant of the
                      sinkhorn kernels of this loop, and its precision the precision. For method="symmetric" those are the ones that
                      update both sides, for the others the ones that update one. Dispatch chooses for all else: newton's products,
-                     gradients, plans, and stages and own costs of a symmetric solve
+                     gradients, plans, own costs, and the stages of a symmetric solve
     tune             "cache": a kernel that nothing was tuned for takes what comes nearest;  "now": what the loop launches is first
                      tuned on this GPU, unless it was before: minutes each, kept in the user's database (`otgen.store`), and in a
                      script only below ``if __name__ == "__main__":``, since compilers are other processes;  "off": a kernel that

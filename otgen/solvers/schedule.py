@@ -136,7 +136,7 @@ class End:
     def outcome(self) -> Outcome:
         """The pair with its marginals and their error: one more sweep."""
         if self.own:
-            r, missed = self.steps.row_miss(self.u, self.steps.rows(self.u, self.u)[1])
+            r, missed = self.steps.row_miss(self.u, self.steps.own(self.u)[1])
             c, missed_too = r, missed
         else:
             rho, gamma = self.steps.both(self.u, self.v)[2:]
@@ -160,7 +160,7 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
 
     def updated(u: Tensor, v: Tensor, step: float) -> tuple[Tensor, Tensor]:
         if own:
-            u, _ = at.rows(u, u, step)
+            u, _ = at.own(u, step)
             return u, u
         u, v, _, _ = at.both(u, v, step)
         return u, v
@@ -244,7 +244,7 @@ class Extrapolated:
         """The same with marginals, for an OTResult; one more sweep for each problem."""
         found = []
         for end in self.ends:
-            clouds, flags = end.steps.clouds, ops.ALTERNATING if end.own else ops.SYMMETRIC
+            clouds, flags = end.steps.clouds, ops.OWN if end.own else ops.SYMMETRIC
             choice = ops.kernel("sinkhorn", clouds.x, clouds.y, flags, end.steps.modes).choice
             found.append(Solution(end.steps, end.outcome(), choice))
         return Divergence(*found)

@@ -251,11 +251,11 @@ def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
     The averaged map contracts: each step halves what the last one missed, or better (Feydy et al. 2019, section 3.1).
     """
     every, steps = steps, watch.working(steps)
-    u, _ = steps.rows(u, u)
+    u, _ = steps.own(u, step=1.0)
     r, n = torch.zeros_like(u), 0
     while True:
         n += 1
-        half, rho = steps.rows(u, u, step=0.5)
+        half, rho = steps.own(u)
         if watch.due(n):
             marginal, missed = steps.row_miss(u, rho)
             r = steps.moved(marginal, r)

@@ -135,6 +135,12 @@ class Steps:
         less: Tensor = out - step * taken
         return less if self.clouds.real is None else torch.where(self.clouds.real, less, out)
 
+    def own(self, u: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor]:
+        """The update of the one potential of a measure's transport to itself, and the row sums of the one that came in."""
+        c = self.clouds
+        out, rho = ops.sinkhorn_own_step(c.x, c.y, u, c.a, c.x_sq, step=step, **self.launch)
+        return self.relaxed(out, u, step), rho
+
     def columns(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of v from u, and the column sums of the pair that came in."""
         return self.swapped.rows(v, u, step)
