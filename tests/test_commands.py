@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from otgen.candidates import legal_variants
 from otgen.cli import COMMANDS, main, otgen
 from otgen.cli.tune import _report, _Voice
 from otgen.compile import compile_key
@@ -50,6 +52,19 @@ def test_help_is_documented_word_for_word() -> None:
     if os.environ.get("OTGEN_UPDATE_GOLDEN"):
         path.write_text("\n".join(pages), encoding="utf-8")
     assert "\n".join(pages) == path.read_text(encoding="utf-8")
+
+
+def test_a_space_is_counted_and_every_refusal_has_its_reason() -> None:
+    words = ["space", "hvp", "--shape", "64x64x8", "--gpu", "l4"]
+    text, facts = CliRunner().invoke(otgen, words).output, json.loads(CliRunner().invoke(otgen, [*words, "--json"]).output)
+    problem = family("hvp").problem(64, 64, 8)
+    values = family("hvp").axes(problem)
+    assert facts["size"] == math.prod(map(len, values.values())) == facts["legal"] + sum(facts["refused"].values())
+    assert facts["legal"] == len(legal_variants(problem, gpu("l4")))
+    assert facts["default"] == dict(family("hvp").default(problem))
+    assert f"{facts['size']:,} variants, {facts['legal']:,} legal" in text
+    assert f"[{facts['default']['BLOCK_M']}]" in text
+    assert all(reason in text for reason in facts["refused"])
 
 
 def test_every_command_of_the_readme_exists() -> None:
@@ -104,6 +119,7 @@ def test_every_command_of_the_readme_exists() -> None:
         (["tune", "--gpu", "a100", "--shape", "99999999999999999999x4x3"], 2, "expected sizes n, m from 1 to 2147483647"),
         (["why", "sinkhorn", "8x8x8", "--gpu", "a100", "--db", "/nowhere/tuning.db"], 1, "/nowhere/tuning.db"),
         (["render", "sinkhorn", "--shape", "8x8x8", "--out", "/dev/null/kernel.py"], 1, "/dev/null"),
+        (["space", "sinkhorn", "fusion=one_sweep"], 2, "unknown flag of sinkhorn 'fusion'; known: batch, schedule"),
         (["fly"], 2, "No such command 'fly'"),
     ],
 )

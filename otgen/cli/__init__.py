@@ -11,7 +11,7 @@ import click
 from otgen import __version__
 from otgen.errors import OtgenError
 
-COMMANDS = ("compile", "render", "show", "tune", "why")
+COMMANDS = ("compile", "render", "show", "space", "tune", "why")
 """Each is the command of its name in the module of its name."""
 
 INTERRUPTED = 130
