@@ -3,8 +3,8 @@
 Usage: python benchmarks/ship.py [--max-trials N] [--carry] [SLUG ...]; all GPUs by default.
 
 All GPUs share one working database, so GPUs of one architecture, and sizes of one problem, share their compilations. Without the
-GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on. The problem whose instruction counts are quoted
-(benchmarks/static.py) is searched eight times as deep, before all others.
+GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on. The problems whose instructions are counted
+(benchmarks/static.py) are searched eight times as deep, before all others.
 
 After an edit of a template, what it renders as before is carried over first and searched no more; --carry does that alone, from
 the shipped files themselves where there is no working database.
@@ -28,7 +28,10 @@ from otgen.resources import resource
 from otgen.store import Store
 from otgen.tuner import Settings, standard_problems, tune
 
-QUOTED = [family("sinkhorn").problem(4096, 4096, 64, schedule="symmetric")]
+QUOTED = [
+    family("sinkhorn").problem(4096, 4096, d, schedule=schedule)
+    for d, schedule in ((64, "symmetric"), (64, "alternating"), (3, "alternating"))
+]
 
 BATCHES = [(n, n, d) for d in (3, 64) for n in (128, 512)]
 """Shapes of the problems of a batch of 64: minibatches, small clouds."""

@@ -93,7 +93,7 @@ def compile_variant(problem: Problem, variant: Variant, slug: str) -> list[Kerne
     Runs in a process whose TRITON_INTERPRET is unset.
     Raises CompileError when the compiler refuses it (status compile_error) or it exceeds the GPU's shared memory (resource).
     """
-    return _read(_build(problem, variant, gpu(slug)), gpu(slug))
+    return read_kernels(_build(problem, variant, gpu(slug)), gpu(slug))
 
 
 def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -> list[Inspection]:
@@ -117,7 +117,7 @@ def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -
             seconds.append(time.perf_counter() - began)
     finally:
         gc.enable()
-    kernels = iter(_read([build for builds in built if isinstance(builds, list) for build in builds], target))
+    kernels = iter(read_kernels([build for builds in built if isinstance(builds, list) for build in builds], target))
     found = []
     for variant, builds, took in zip(variants, built, seconds):
         if isinstance(builds, CompileError):
@@ -165,7 +165,8 @@ def _build(problem: Problem, variant: Variant, target: Gpu) -> list[Launch]:
     return builds
 
 
-def _read(builds: Sequence[Launch], target: Gpu) -> list[Kernel]:
+def read_kernels(builds: Sequence[Launch], target: Gpu) -> list[Kernel]:
+    """What the compiler made of each launch, read from its machine code; one start of the disassembler for all."""
     if target.backend == "hip":
         return [_amd_kernel(build) for build in builds]
     codes = listings([build.compiled.asm["cubin"] for build in builds], target.arch)

@@ -34,7 +34,7 @@ def launches_of(module: ModuleType, problem: Problem, target: Gpu) -> list[Launc
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
     launched = {name: kernels[name] for name in module.launch.__code__.co_names if name in kernels}
     stubs = {name: _Stub(a) if isinstance(a, Spec) else a for name, a in family(problem.family).arguments(problem).items()}
-    driver.set_active(_OfflineDriver(target))
+    driver.set_active(OfflineDriver(target))
     vars(module).update({name: _Recorder(kernel, log) for name, kernel in launched.items()})
     try:
         module.launch(**stubs)
@@ -64,7 +64,7 @@ class _Stub:
         return self
 
 
-class _OfflineDriver:
+class OfflineDriver:
     """As much of a Triton driver as compiling asks for. The device number keeps targets apart in Triton's caches."""
 
     def __init__(self, target: Gpu) -> None:
