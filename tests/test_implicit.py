@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from clouds import batch, problem
 
 import otgen
@@ -183,6 +184,119 @@ def test_points_far_away_and_tiny_cotangents_keep_their_digits():
     assert not nothing.any()
 
 
+@pytest.mark.parametrize("names", [("value_linear", "entropy"), ("transport_mass", "marginal_a"), ("potential_a", "f")], ids=str)
+def test_who_looks_without_a_graph_takes_none_away(names):
+    (x, y, a, b), options = case(unbalanced=0.5)
+    slopes = []
+    for look in (False, True):
+        leaf = x.clone().requires_grad_()
+        result = otgen.solve_sample(leaf, y, a, b, **options)
+        if look:
+            with torch.no_grad():
+                getattr(result, names[0])
+        slopes.append(torch.autograd.grad(getattr(result, names[1]).square().sum(), leaf)[0])
+    assert torch.equal(*slopes)
+    with torch.no_grad():
+        assert not otgen.solve_sample(leaf, y, a, b, **options).potential_a.requires_grad
+
+
+@pytest.mark.parametrize("far", [3.0, 6.0, 30.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_outliers_that_a_relaxed_marginal_gives_up(far, side):
+    """A row whose mass is gone, down to sums that underflow, has derivatives, and takes none from the others."""
+    (x, y, a, b), options = case(9, 8, 0.3)
+    (x, y)[side][0] = far
+    options |= {"reg": 0.1}
+    u, v = normal(9, seed=1), normal(8, seed=2)
+
+    def loss(*tensors):
+        result = otgen.solve_sample(*tensors, **options)
+        return (
+            (u * result.potential_a).sum()
+            + (v * result.potential_b).sum()
+            + result.a_to_b.square().sum()
+            + result.b_to_a.cos().sum()
+        )
+
+    if far < 30.0:
+        assert_slopes(loss, (x, y, a, b), equal_masses=False, share=1e-5)
+    leaf = x.requires_grad_()
+    (found,) = torch.autograd.grad(loss(leaf, y, a, b), leaf)
+    assert found.isfinite().all()
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("tiny", [1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("debias", [False, True], ids=["biased", "debiased"])
+def test_points_of_tiny_weight_leave_the_others_their_digits(tiny, debias):
+    (x, y, a, b), options = case(9, 12, debias=debias)
+    a[0], b[1] = tiny, tiny
+    a, b = a / a.sum(), b / b.sum()
+
+    def gradients(*tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        result = otgen.solve_sample(*leaves, a.to(tensors[0]), b.to(tensors[0]), **options | {"tol": 1e-6})
+        loss = result.potential_a.sum() + (0 if not debias else result.potential_aa.sum())
+        return torch.autograd.grad(loss, leaves)
+
+    exact, single = gradients(x, y), gradients(x.float(), y.float())
+    for part, expected in zip(single, exact):
+        assert float((part.double() - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("rho", [1e2, 1e5, 1e8])
+def test_a_large_price_of_the_marginals_costs_no_digits_in_float32(rho):
+    """Of functions of the plan; the constant of f itself is then as ill conditioned as it is large."""
+    (x, y, a, b), options = case(9, 12)
+    options |= {"unbalanced": rho, "tol": 1e-6}
+
+    def gradients(*tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        result = otgen.solve_sample(*leaves, **options)
+        v = normal(12, 2).to(tensors[0])
+        return torch.autograd.grad(result.apply(v, axis=1).square().sum(), leaves[:2], retain_graph=True) + torch.autograd.grad(
+            result.potential_a.sum(), leaves[:1]
+        )
+
+    exact, single = gradients(x, y, a, b), gradients(*(t.float() for t in (x, y, a, b)))
+    for part, expected in zip(single, exact):
+        assert float((part.double() - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_padding_far_away_spoils_nothing():
+    """Points without weight on both sides, where the density between them overflows."""
+    x, y = (torch.cat((5.0 + cloud, torch.zeros(4, 2, dtype=cloud.dtype))) for cloud in problem(20, 20, 2)[:2])
+    weights = torch.cat((torch.full((20,), 0.05, dtype=x.dtype), torch.zeros(4, dtype=x.dtype)))
+    slopes = []
+    for cut in (slice(None), slice(20)):
+        leaf = x[cut].clone().requires_grad_()
+        result = otgen.solve_sample(leaf, y[cut], weights[cut], weights[cut].clone(), reg=0.05, tol=1e-11, grad="implicit")
+        loss = result.a_to_b[:20].square().sum() + (result.plan[:20, :20] * y[:20, 0]).square().sum() + result.value_linear
+        slopes.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(slopes[0][:20], slopes[1], rtol=1e-6, atol=1e-9)
+    assert not slopes[0][20:].any()
+
+
+@pytest.mark.parametrize("name", ["plan", "apply"])
+def test_the_plan_grows_with_a_weight_that_is_zero(name):
+    inputs, options = case(unbalanced=0.5, empty=True)
+    u, v = normal(6, 2, seed=1), normal(8, 2, seed=2)
+    assert_slopes(lambda *t: ANSWERS[name](otgen.solve_sample(*t, **options), v, u), inputs, equal_masses=False)
+
+
+def test_checkpoints():
+    (x, y, a, b), options = case()
+
+    def loss(x):
+        result = otgen.solve_sample(x, y, a, b, **options)
+        return result.potential_a.square().sum() + result.value_linear
+
+    leaf = x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    (found,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, leaf, use_reentrant=False), leaf)
+    torch.testing.assert_close(found, expected)
+
+
 # Cost
 
 
@@ -211,8 +325,8 @@ def test_one_system_answers_for_all_of_a_loss(sweeps):
     loss.backward()
     _, limits = pullback(result._solution, normal(60), normal(45))
     assert sweeps["hvp_matvec"] % 2 == 0
-    assert sweeps["apply_plan"] == 2 * 3  # before conjugate gradients, and after them for either side; of backward and of pullback
-    assert limits.passes == 2 * limits.iterations + 3
+    assert sweeps["apply_plan"] == 2 * 4  # two before conjugate gradients, one for either side; of backward and of pullback
+    assert limits.passes == 2 * limits.iterations + 4
     assert 1 <= limits.iterations <= 40
     assert set(sweeps) == {"hvp_matvec", "apply_plan"}
 

@@ -112,7 +112,7 @@ class BatchResult:
     """The solved problems of a batch. ``result[i]`` is the `OTResult` of the i-th, with all that it offers; ``len(result)``.
 
     Arrays over problems are (batch,); arrays over points are shaped as the weights that were, or could have been, given:
-    (batch, n), or (N,) for clouds of different sizes. Only `value` is differentiable, once.
+    (batch, n), or (N,) for clouds of different sizes. Only `value` is differentiable, twice.
 
     value           (batch,);  potential_a, potential_b, potentials, marginal_a, marginal_b, value_linear, a_to_b, b_to_a, as of an
                     OTResult, each in one sweep for all

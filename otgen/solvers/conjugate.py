@@ -24,16 +24,15 @@ from otgen.solvers.sinkhorn import interval
 class Limits:
     """When conjugate gradients stop, and what they, and the sweeps around them, came to.
 
+    size        how large a solution may be, a number or a tensor (): no residual falls below what rounding makes of that
     look        iterations between two looks at the residual: one on a CPU, a few on a GPU
-    noise       what rounding makes of a solution, squared, in its own units: no residual falls below it
     iterations  the most that a system took;  passes  sweeps in all;  residual  the largest left, relative;  met  whether all met it
     """
 
     def __init__(self, tol: float, max_iter: int, clouds: Clouds, size: float) -> None:
-        """size: how large a solution may be."""
         self.tol, self.max_iter = tol, max_iter
+        self.size: float | Tensor = size
         self.look = min(interval(clouds.x), LOOK)
-        self.noise = (torch.finfo(clouds.x.dtype).eps * size) ** 2
         self.iterations, self.passes, self.residual, self.met = 0, 0, 0.0, True
 
     def done(self, iterations: int, residual: float, met: bool) -> None:
@@ -69,7 +68,7 @@ def solved(
     q = diagonal * z
     w = torch.zeros_like(z)
     first = size = _dots(q, z)
-    enough = torch.maximum(limits.tol**2 * first, limits.noise * mass)
+    enough = torch.maximum(limits.tol**2 * first, (torch.finfo(z.dtype).eps * limits.size) ** 2 * mass)
     going, tiny, k = size > enough, torch.finfo(torch.float64).tiny, 0
     while k < limits.max_iter and (k % limits.look or bool(going.any())):
         image, more = product(p)

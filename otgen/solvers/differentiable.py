@@ -4,22 +4,25 @@ The potentials are one node of the graph, whose derivatives are those of `otgen.
 K_ij = exp((f_i + g_j − C_ij)/eps) are others, functions of the potentials and the points. All else is put together of these:
 autograd adds up what a loss asks of f and g, and one linear system answers it, however many answers the loss is made of.
 
-A product H = K V with a derivative Ḣ of the loss in H, ω_ij = <Ḣ_i, V_j>, has the derivatives
+A product H = K (b∘V) with a derivative Ḣ of the loss in H, ω_ij = <Ḣ_i, V_j>, has the derivatives
 
-    Kᵀ Ḣ in V      <Ḣ_i, H_i>/eps in f_i      <V_j, (Kᵀ Ḣ)_j>/eps in g_j      −(2/eps)·Σ_j K_ij ω_ij (x_i − y_j) in x_i
+    <Ḣ_i, H_i>/eps in f_i      b_j <V_j, (KᵀḢ)_j>/eps in g_j      −(2/eps)·Σ_j K_ij b_j ω_ij (x_i − y_j) in x_i
+    b∘(KᵀḢ) in V               <V_j, (KᵀḢ)_j> in b_j
 
 Derivatives of these in turn are refused, never zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from otgen import ops
 from otgen.solvers.conjugate import Limits, told
 from otgen.solvers.implicit import pullback
 from otgen.solvers.inputs import Clouds
@@ -30,12 +33,27 @@ from otgen.solvers.system import Plan
 SECOND = "expected one derivative of an implicit answer at most; got a second; type .detach() on the gradient, or use `value`"
 
 
+Owner = TypeVar("Owner")
+T = TypeVar("T")
+
+
+def kept(compute: Callable[[Owner], T]) -> cached_property[T]:
+    """A property computed once, with the graph that its owner has: `_recorded`, whoever asks first and in whatever mode."""
+
+    @wraps(compute)
+    def recorded(owner: Any) -> T:
+        with torch.set_grad_enabled(owner._recorded):
+            return compute(owner)
+
+    return cached_property(recorded)
+
+
 @dataclass(frozen=True, eq=False)
 class Differentiable:
     """A solution, answering as `Solution` does, with a graph.
 
     x, y, a, b  (n, d), (m, d), (n,), (m,): the clouds' points and weights, in the frame and dtype of the clouds, with the graph
-    f, g        (n,), (m,): `Solution.f` and `Solution.g`
+    f, g        (n,), (m,): `Solution.f` and `Solution.g`, float64: under a large ρ sums of their derivatives cancel
     """
 
     solution: Solution
@@ -82,8 +100,8 @@ class Differentiable:
 
     def product(self, values: Tensor) -> Tensor:
         """K·(b∘values), for values (m,) or (m, k): the mean that the update of f takes, at points without weight too."""
-        weighed = self.b.reshape(-1, *[1] * (values.ndim - 1)) * values
-        found: Tensor = _Product.apply(self.solution, self.f, self.g, self.x, self.y, weighed.reshape(len(weighed), -1))  # type: ignore[no-untyped-call]
+        columns = values.reshape(len(self.b), -1)
+        found: Tensor = _Product.apply(self.solution, self.f, self.g, self.x, self.y, self.b, columns)  # type: ignore[no-untyped-call]
         return found.reshape(-1, *values.shape[1:])
 
     def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
@@ -96,8 +114,14 @@ class Differentiable:
         """(n, d) or (m, d): as `Solution.barycentres`."""
         if transposed:
             return self.swapped.barycentres()
-        sums = self.product(torch.cat((self.y, torch.ones_like(self.y[:, :1])), 1))
-        return sums[:, :-1] / sums[:, -1:] + self.clouds.shift
+        solution, c = self.solution, self.clouds
+        with torch.no_grad():
+            u, _ = ops.sinkhorn_half_step(c.x, c.y, solution.outcome.u, solution.outcome.v, c.b, c.x_sq, **solution.steps.launch)
+            level = replace(solution, outcome=replace(solution.outcome, u=u))
+        values = torch.cat((self.y, torch.ones_like(self.y[:, :1])), 1)
+        sums = _Product.apply(level, self.f.detach(), self.g, self.x, self.y, self.b, values)  # type: ignore[no-untyped-call]
+        means: Tensor = sums[:, :-1] / sums[:, -1:] + c.shift  # whatever f is: it cancels
+        return means
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): 2(r∘x − P y), or (m, d)."""
@@ -110,7 +134,7 @@ class Differentiable:
         """(n,) or (m,): as `Solution.weight_gradient`."""
         if transposed:
             return self.swapped.weight_gradient()
-        return weight_slope(self.solution.steps, self.f, self.b)
+        return weight_slope(self.solution.steps, self.f, self.b).to(self.b.dtype)
 
     def linear_cost(self) -> Tensor:
         """<P, C>."""
@@ -123,16 +147,19 @@ class Differentiable:
 
     def density(self) -> Tensor:
         """K (n, m), all at once."""
-        known = self.solution.density()
-        half = [points.square().sum(1) for points in (self.x, self.y)]
-        scores = (self.f[:, None] + self.g - half[0][:, None] - half[1] + 2.0 * self.x @ self.y.T) / float(self.eps)
-        return known * (scores - scores.detach()).exp()
+        return self._density(self.solution.density())
 
     def plan(self) -> Tensor:
         """P (n, m), all at once."""
-        clouds = self.clouds
-        kept = torch.where((clouds.a[:, None] > 0) & (clouds.b > 0), self.density(), 0.0)
-        return self.a[:, None] * self.b * kept
+        empty = (self.clouds.a[:, None] == 0) & (self.clouds.b == 0)
+        return self.a[:, None] * self.b * self._density(torch.where(empty, 0.0, self.solution.density()))
+
+    def _density(self, known: Tensor) -> Tensor:
+        """`known` with the graph of K."""
+        half = [points.square().sum(1) for points in (self.x, self.y)]
+        f, g = self.f.to(known.dtype), self.g.to(known.dtype)
+        scores = (f[:, None] + g - half[0][:, None] - half[1] + 2.0 * self.x @ self.y.T) / float(self.eps)
+        return known * (scores - scores.detach()).exp()
 
 
 def differentiable(divergence: Divergence, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Divergence:
@@ -149,40 +176,47 @@ class _Potentials(torch.autograd.Function):
     def forward(ctx: Any, solution: Solution, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ctx.solution = solution
         ctx.save_for_backward(x, y, a, b)
-        return solution.f, solution.g
+        return solution.f.to(torch.float64, copy=True), solution.g.to(torch.float64, copy=True)
 
     @staticmethod
     def backward(ctx: Any, p: Tensor, q: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
         with torch.no_grad():
             pulled, limits = pullback(ctx.solution, p, q)
         told("an implicit gradient", limits)
-        return None, *(once(SECOND, found, p, q, *ctx.saved_tensors) for found in pulled)
+        return None, *(once(SECOND, found, p, q, *inputs) for found in pulled)
 
 
 class _Product(torch.autograd.Function):
-    """K·V (n, k) for V (m, k), a function of f, g, x, y and V."""
+    """K·(b∘V) (n, k) for V (m, k), a function of f, g, x, y, b and V."""
 
     @staticmethod
-    def forward(ctx: Any, solution: Solution, f: Tensor, g: Tensor, x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-        plan, (ones, weighty) = _plan(solution), _indicators(solution.clouds)
-        (product,) = plan.times(values, a=ones[0], b=weighty[1])
+    def forward(ctx: Any, solution: Solution, f: Tensor, g: Tensor, x: Tensor, y: Tensor, b: Tensor, values: Tensor) -> Tensor:
+        c = solution.clouds
+        (product,) = _plan(solution).times(values, a=torch.ones_like(c.a))
         ctx.solution = solution
-        ctx.save_for_backward(f, g, x, y, values, product)
+        ctx.save_for_backward(f, g, x, y, b, values, product)
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, product = ctx.saved_tensors
-        values, needed = inputs[-1], ctx.needs_input_grad
+        values, needed, c = inputs[-1], ctx.needs_input_grad, ctx.solution.clouds
         with torch.no_grad():
-            plan, (ones, weighty) = _plan(ctx.solution), _indicators(ctx.solution.clouds)
-            in_values = plan.swapped.times(grad, a=ones[1], b=weighty[0])[0]
-            if bool(grad[weighty[0] == 0].any()):
-                in_values = in_values + plan.swapped.times(grad, a=ones[1], b=ones[0] - weighty[0])[0]
-            in_f, in_g = ((one * other).sum(1) / plan.eps for one, other in ((grad, product), (values, in_values)))
-            in_x = _moved(plan, grad, values, (ones[0], weighty[1])) if needed[3] else None
-            in_y = _moved(plan.swapped, values, grad, (weighty[1], ones[0])) if needed[4] else None
-        return None, *(once(SECOND, found, grad, *inputs) for found in (in_f, in_g, in_x, in_y, in_values))
+            plan, (rows, columns) = _plan(ctx.solution), (torch.ones_like(c.a), torch.ones_like(c.b))
+            (back,) = plan.swapped.times(grad, a=columns, b=rows * (c.a > 0))
+            lost = (c.a == 0) & grad.any(1)
+            if bool(lost.any()):
+                (further,) = plan.swapped.times(grad, a=columns, b=lost.to(grad.dtype))
+                back = back + further
+            of_b = (values * back).sum(1)
+            in_f = (grad.double() * product.double()).sum(1) / plan.eps
+            in_g = torch.where(c.b > 0, c.b.double() * (values.double() * back.double()).sum(1), 0.0) / plan.eps
+            in_g = in_g + c.b.double() * ((in_f.sum() - in_g.sum()) / c.b.double().sum())  # they have one sum
+            in_x = _moved(plan, grad, values, (rows, c.b)) if needed[3] else None
+            in_y = c.b[:, None] * _moved(plan.swapped, values, grad, (columns * (c.b > 0), rows)) if needed[4] else None
+            in_values = torch.where(c.b[:, None] > 0, c.b[:, None] * back, 0.0)
+        return None, *(once(SECOND, found, grad, *inputs) for found in (in_f, in_g, in_x, in_y, of_b, in_values))
 
 
 def _moved(plan: Plan, left: Tensor, right: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
@@ -198,9 +232,3 @@ def _moved(plan: Plan, left: Tensor, right: Tensor, weights: tuple[Tensor, Tenso
 
 def _plan(solution: Solution) -> Plan:
     return Plan.of(solution, Limits(0.0, 0, solution.clouds, 1.0))
-
-
-def _indicators(clouds: Clouds) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((n,), (m,)) ones, and ((n,), (m,)) ones at points of weight, with zeros at the others."""
-    ones = torch.ones_like(clouds.a), torch.ones_like(clouds.b)
-    return ones, ((clouds.a > 0).to(clouds.a.dtype), (clouds.b > 0).to(clouds.b.dtype))

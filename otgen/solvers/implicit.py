@@ -9,20 +9,23 @@ right hand side, p and q being shifted along (a, −b) first when balanced, so t
 
     in x_i   2·Σ_j P_ij (s_i + t_j)(x_i − y_j)          in a_i   −eps·Σ_j K_ij b_j t_j,   K = exp((f + g − C)/eps)
 
-and with the sides exchanged in y and b; the derivatives of the means come on top. A point i without weight follows the others, and
-nothing follows it: s_i = p_i/(κ_a·Σ_j K_ij b_j), and K_ij b_j is in the place of P_ij. A measure's transport to itself has one
-potential and one side. Source: Eisenberger, Toker, Leal-Taixé, Bernard and Cremers 2022, of which this is the form without an
-n × m matrix, with zero weights and relaxed marginals; checked against finite differences in tests/test_implicit.py.
+and with the sides exchanged in y and b; the derivatives of the means come on top. Points without weight, or without mass to speak
+of, follow the others and nothing follows them: s_i Σ_j K_ij b_j = p_i/κ_a, with rows of K that are made to sum to 1. A measure's
+transport to itself has one potential and one side. Source: Eisenberger, Toker, Leal-Taixé, Bernard and Cremers 2022, of which this
+is the form without an n × m matrix, with zero weights and relaxed marginals; checked against finite differences in
+tests/test_implicit.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from otgen import ops
 from otgen.solvers import system
 from otgen.solvers.conjugate import Limits
 from otgen.solvers.steps import damping
@@ -30,6 +33,10 @@ from otgen.solvers.system import INNER, TOLERANCE, Plan
 
 if TYPE_CHECKING:
     from otgen.solvers.solution import Solution
+
+
+MASSLESS = 1e-20
+"""Rows with a smaller share of their weight, r/a, have no mass to speak of: outliers under relaxed marginals."""
 
 
 class Pulled(NamedTuple):
@@ -50,98 +57,131 @@ def pullback(solution: Solution, p: Tensor, q: Tensor, *, tol: float | None = No
     tol  relative residual of the system; `otgen.solvers.system.TOLERANCE` when left out
 
     Takes one problem, not a batch, whose potentials are `Solution.f` and `Solution.g`; exact at a solution. K iterations of
-    conjugate gradients cost 2K + 3 sweeps, and K + 1 a measure's transport to itself; points without weight cost a few more.
+    conjugate gradients cost 2K + 4 sweeps, and K + 2 a measure's transport to itself; points without mass cost a few more.
     """
-    clouds, dtype = solution.clouds, solution.clouds.x.dtype
-    p, q = p.to(dtype), q.to(dtype)
-    limits = Limits(TOLERANCE[dtype] if tol is None else tol, max_iter, clouds, 1.0)
+    clouds, p, q = solution.clouds, p.double(), q.double()
+    limits = Limits(TOLERANCE[clouds.x.dtype] if tol is None else tol, max_iter, clouds, 0.0)
     plan = Plan.of(solution, limits)
     if solution.symmetric:
-        p, size = _scaled(p + q, clouds.a)
-        rows = _Side.of(plan, solution.f, p)
-        s = rows.alone + system.own(plan, (rows.pull - rows.passed_on())[:, None])[:, 0]
-        in_x, in_a = rows.gathered(s, rows, s)
-        return Pulled(size * in_x, None, size * in_a, None), limits
-    surplus = (p.sum(dtype=torch.float64) - q.sum(dtype=torch.float64)).to(dtype) if plan.steps.balanced else torch.zeros_like(p[0])
-    spread = [surplus / (2.0 * w.sum()) for w in (clouds.a, clouds.b)]
-    (p, size), (q, other) = _scaled(p - spread[0] * clouds.a, clouds.a), _scaled(q + spread[1] * clouds.b, clouds.b)
-    whole = torch.maximum(size, other)
-    rows, columns = _Side.of(plan, solution.f, p * (size / whole)), _Side.of(plan.swapped, solution.g, q * (other / whole))
-    s, t = _solved(rows, columns) if len(p) <= len(q) else _solved(columns, rows)[::-1]
-    (in_x, in_a), (in_y, in_b) = rows.gathered(s, columns, t), columns.gathered(t, rows, s)
-    in_a, in_b = whole * in_a, whole * in_b
+        rows = _Side(plan, p + q)
+        s = _own(rows)
+        in_x, in_a = rows.gathered(rows, s, s, 0.0, 0.0)
+        return Pulled(in_x, None, in_a, None), limits
+    a, b = clouds.a.double(), clouds.b.double()
+    surplus = 0.5 * (p.sum() - q.sum()) if plan.steps.balanced else torch.zeros_like(p[0])
+    rows, columns = _Side(plan, p - surplus * a / a.sum()), _Side(plan.swapped, q + surplus * b / b.sum())
+    if len(p) <= len(q):
+        s, t, of_s, of_t = _solved(rows, columns)
+    else:
+        t, s, of_t, of_s = _solved(columns, rows)
+    (in_x, in_a), (in_y, in_b) = rows.gathered(columns, s, t, of_s, of_t), columns.gathered(rows, t, s, of_t, of_s)
     if plan.steps.balanced:
-        in_a = in_a - spread[0] * (solution.f - (clouds.a * solution.f).sum() / clouds.a.sum())
-        in_b = in_b + spread[1] * (solution.g - (clouds.b * solution.g).sum() / clouds.b.sum())
-    return Pulled(whole * in_x, whole * in_y, in_a, in_b), limits
-
-
-def _scaled(p: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """p as a share of its size, and that: the largest solution that it could have by itself."""
-    size = (p.abs() / torch.where(weights > 0, weights, 1.0)).max()
-    size = torch.where(size > 0, size, 1.0)
-    return p / size, size
+        in_a = in_a - (surplus / a.sum() * (solution.f - (a * solution.f).sum() / a.sum())).to(in_a.dtype)
+        in_b = in_b + (surplus / b.sum() * (solution.g - (b * solution.g).sum() / b.sum())).to(in_b.dtype)
+    return Pulled(in_x, in_y, in_a, in_b), limits
 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """The rows of a plan, and what is asked of their potential.
-
-    pull   (n,): p at points of weight, zero at the others
-    alone  (n,): s at points without weight, zero at the others;  empty  whether there are any
-    """
+    """The rows of a plan, and what is asked of their potential: p (n,), float64."""
 
     plan: Plan
-    pull: Tensor
-    alone: Tensor
-    empty: bool
+    p: Tensor
 
-    @classmethod
-    def of(cls, plan: Plan, potential: Tensor, p: Tensor) -> _Side:
-        a, (eps, rho) = plan.clouds.a, (plan.steps.eps, plan.steps.rho_a)
-        alone = damping(eps, rho) * p * torch.exp(potential / rho)
-        return cls(plan, torch.where(a > 0, p, 0.0), torch.where(a > 0, 0.0, alone), bool((a == 0).any()))
+    @cached_property
+    def counted(self) -> Tensor:
+        """(n,): the points that have mass."""
+        a = self.plan.clouds.a
+        return (a > 0) & (self.plan.r > MASSLESS * a)
 
-    @property
-    def weighty(self) -> Tensor:
-        """(n,): 1 at points of weight, 0 at the others."""
-        return (self.plan.clouds.a > 0).to(self.pull.dtype)
+    @cached_property
+    def some_alone(self) -> bool:
+        """Whether there are others."""
+        return not bool(self.counted.all())
 
     @property
-    def lifted(self) -> Tensor:
-        """(n,): a, and 1 where that is zero."""
-        return torch.where(self.plan.clouds.a > 0, self.plan.clouds.a, 1.0)
+    def pull(self) -> Tensor:
+        """(n,), float64: p of the points with mass."""
+        return torch.where(self.counted, self.p, 0.0)
+
+    @property
+    def alone(self) -> Tensor:
+        """(n,), float64: p/κ of those without, the solution for rows that sum to 1."""
+        return torch.where(self.counted, 0.0, damping(self.plan.steps.eps, self.plan.steps.rho_a) * self.p)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(n,): 1 at points with mass, 0 at the others."""
+        return self.counted.to(self.plan.u.dtype)
+
+    @cached_property
+    def level(self) -> Tensor:
+        """u (n,), at points without mass that for which their rows sum to 1."""
+        if not self.some_alone:
+            return self.plan.u
+        c = self.plan.clouds
+        self.plan.limits.passes += 1
+        u, _ = ops.sinkhorn_half_step(c.x, c.y, self.plan.u, self.plan.v, c.b, c.x_sq, **self.plan.steps.launch)
+        return torch.where(self.counted, self.plan.u, u)
 
     def passed_on(self) -> Tensor | float:
-        """(m,): what points without weight ask of the other side's potential, where it has weight."""
-        if not self.empty:
+        """(m,): what points without mass ask of the other side's potential; it sums up to that of `alone`."""
+        if not self.some_alone:
             return 0.0
-        over = self.plan.swapped
-        return over.times(self.alone, b=1.0 - self.weighty)[0]
+        return replace(self.plan, u=self.level).swapped.times(self.alone.to(self.mask.dtype), b=1.0 - self.mask)[0]
 
-    def gathered(self, s: Tensor, columns: _Side, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivatives in x (n, d) and a (n,), the means' left out, from the solution (s, t)."""
-        plan, eps = self.plan, self.plan.eps
-        a, x, y = plan.clouds.a, plan.points, plan.swapped.points
-        mean, moment, centre = plan.times(t, t[:, None] * y, columns.weighty[:, None] * y, a=self.weighty, b=columns.lifted)
-        in_x = 2.0 * (x * (s * plan.r + a * mean)[:, None] - a[:, None] * (s[:, None] * centre + moment))
-        if self.empty:
-            none = 1.0 - self.weighty
-            total, centre, beside = plan.times(torch.ones_like(t), y, t, a=none)
-            in_x = in_x + 2.0 * s[:, None] * (x * total[:, None] - centre)
-            mean = mean + beside
-            if columns.empty and bool(columns.alone.any()):
-                mean = mean + plan.times(columns.alone, a=none, b=1.0 - columns.weighty)[0]
-        return in_x, -eps * mean
+    def gathered(self, columns: _Side, s: Tensor, t: Tensor, of_s: float, of_t: float) -> tuple[Tensor, Tensor]:
+        """The derivatives in x (n, d) and a (n,), the means' left out, from the solution (s + of_s, t + of_t) at points with mass.
+
+        of_s, of_t  constants that nearly cancel in s_i + t_j under a large ρ
+        """
+        plan, a, dtype = self.plan, self.plan.clouds.a, self.mask.dtype
+        x, y, constant = plan.points, plan.swapped.points, of_s + of_t
+        lifted = torch.where(columns.counted, columns.plan.clouds.a, 1.0)
+        every = torch.where(columns.counted, t, columns.alone.to(dtype))
+        values = every, every[:, None] * y, columns.mask[:, None] * y
+        mean, moment, centre = replace(plan, v=columns.level).times(*values, a=self.mask, b=lifted)
+        own = s + constant
+        in_x = 2.0 * (x * (own * plan.r + a * mean)[:, None] - a[:, None] * (own[:, None] * centre + moment))
+        share = torch.where(self.counted, plan.r / a, 0.0)
+        if self.some_alone:
+            none, alone = 1.0 - self.mask, self.alone.to(dtype)
+            centre, beside = replace(plan, u=self.level).times(y, t * columns.mask, a=none)
+            in_x = torch.where(self.counted[:, None], in_x, 2.0 * alone[:, None] * (x - centre))
+            lost = torch.where(self.counted, 0.0, torch.exp2(plan.u - self.level))
+            mean, share = mean + lost * beside, share + lost
+            if columns.some_alone and bool(columns.alone.any()):
+                (further,) = replace(plan, v=columns.level).times(columns.alone.to(dtype), a=none, b=1.0 - columns.mask)
+                mean = mean + further
+        return in_x, -plan.eps * (mean + of_t * share)
 
 
-def _solved(rows: _Side, columns: _Side) -> tuple[Tensor, Tensor]:
-    """(s, t), (n,) and (m,), the columns' being the larger side."""
-    plan = rows.plan
-    p, q = rows.pull - columns.passed_on(), columns.pull - rows.passed_on()
-    below, counted = plan.swapped.diagonal
-    share = torch.where(counted, q / below, 0.0)
+def _solved(rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, float, float]:
+    """(s, t), (n,) and (m,), and the constants that are to be added to them, the columns' being the larger side.
+
+    With s⁰ = p/(κ_a r) taken off, what is left is (0, q − Pᵀs⁰): means over the plan, in which no point of tiny weight, whose s⁰ is
+    as large as its weight is small, makes the others' residuals look small.
+    """
+    plan, dtype = rows.plan, rows.mask.dtype
+    (diagonal, _), (below, _) = plan.diagonal, plan.swapped.diagonal
+    first = torch.where(rows.counted, (rows.pull - columns.passed_on()) / diagonal, 0.0).to(dtype)
+    (spread,) = plan.swapped.times(first)
+    share = torch.where(columns.counted, (columns.pull - rows.passed_on() - spread) / below, 0.0).to(dtype)
     (across,) = plan.times(share)
-    total, excess = q.sum(dtype=torch.float64), p.sum(dtype=torch.float64) - q.sum(dtype=torch.float64)
-    s, t = system.joint(plan, (p - across)[:, None], share[:, None], system.mean(plan, total, excess))
-    return rows.alone + s[:, 0], columns.alone + t[:, 0]
+    plan.limits.size = share.abs().max()
+    w, t = system.joint(plan, -across[:, None], share[:, None])
+    asked = rows.pull.sum() - columns.alone.sum(), columns.pull.sum() - rows.alone.sum()
+    left = asked[1] - asked[0] + float(plan.steps.eps / (plan.steps.rho_a + plan.steps.eps)) * asked[0]
+    constant = system.mean(plan, left, -left)
+    of_s = 0.0 if constant is None else float(constant)
+    return first + w[:, 0], t[:, 0], of_s, -of_s * float(damping(plan.steps.eps, plan.steps.rho_b))
+
+
+def _own(rows: _Side) -> Tensor:
+    """s (n,) of a measure's transport to itself, likewise."""
+    plan, dtype = rows.plan, rows.mask.dtype
+    diagonal, counted = plan.diagonal
+    first = torch.where(rows.counted, (rows.pull - rows.passed_on()) / diagonal, 0.0).to(dtype)
+    (spread,) = plan.times(first)
+    plan.limits.size = torch.where(counted, spread / diagonal, 0.0).abs().max()
+    return first + system.own(plan, -spread[:, None])[:, 0]

@@ -46,7 +46,7 @@ class PlanOperator:
         return replace(self, _transposed=not self._transposed)
 
     def __matmul__(self, v: Any) -> Any:
-        """P·v (n,) or (n, k), for v (m,) or (m, k) of the kind, device and dtype of X_a. One sweep; not differentiable.
+        """P·v (n,) or (n, k), for v (m,) or (m, k) of the kind, device and dtype of X_a. One sweep.
 
         Raises InputError when `v` does not fit.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from otgen.problem import Variant
 from otgen.solvers import operator as operators
 from otgen.solvers import plan as plans
 from otgen.solvers import second, trust
-from otgen.solvers.differentiable import differentiable
+from otgen.solvers.differentiable import differentiable, kept
 from otgen.solvers.inputs import Given
 from otgen.solvers.operator import LazyPlan, PlanOperator
 from otgen.solvers.semidual import DualPotentials
@@ -37,7 +36,7 @@ class OTResult:
     value           <a, f> + <b, g> − reg·Σ(P − a⊗b), the dual objective: at the solution <P, C> + reg·KL(P | a⊗b). Its gradient
                     is 2(r∘x − P y) in x, likewise in y, f + reg·(Σb − 1) in a and g + reg·(Σa − 1) in b: potentials are defined
                     up to (f + t, g − t), so only changes of weights that keep the masses equal have a meaning. Differentiable
-                    twice in the points (`hvp`), once in weights. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a),
+                    twice, in the points also by `hvp`. Unbalanced, ρ·(1 − exp(−f/ρ)) stands for f, and ρ·KL(P·1 | a),
                     likewise for b, comes in.
                     Debiased, OT(a,b) − OT(a,a)/2 − OT(b,b)/2 + reg/2·(Σa − Σb)²; all else is that of the plan between a and b,
                     but for marginal_error and stop, which are the worst of the three problems', and passes, which add up
@@ -58,6 +57,7 @@ class OTResult:
         self._solution = solution = divergence.cross
         self._answers = differentiable(divergence, given.x, given.y, given.a, given.b) if implicit else divergence
         self._answer = self._answers.cross
+        self._recorded = torch.is_grad_enabled()
         outcomes = [part.outcome for part in divergence.solutions]
         worst = max(outcomes, key=lambda outcome: (outcome.stop != "tol", outcome.error))
         self.reg = float(solution.eps)
@@ -81,7 +81,7 @@ class OTResult:
         """How the solve ended, in a clause."""
         return f"stopped by {self.stop} after {self.n_iters} iterations with a marginal error of {self.marginal_error:.1e}"
 
-    @cached_property
+    @kept
     def errors(self) -> Any:
         """(looks,): the marginal error whenever it was looked at, of the plan between a and b, stages left out. OTT's name."""
         looks = torch.from_numpy(self._solution.outcome.looks)
@@ -93,32 +93,32 @@ class OTResult:
         and "cache", by name."""
         return {name: getattr(self, name) for name in LOGGED}
 
-    @cached_property
+    @kept
     def value_linear(self) -> Any:
         """<P, C>."""
         return self._given.answer(self._linear_cost)
 
-    @cached_property
+    @kept
     def _linear_cost(self) -> torch.Tensor:
         return self._answer.linear_cost()
 
-    @cached_property
+    @kept
     def potential_a(self) -> Any:
         """f (n,), in units of the cost."""
         return self._given.answer(self._answer.f)
 
-    @cached_property
+    @kept
     def potential_b(self) -> Any:
         """g (m,), in units of the cost."""
         return self._given.answer(self._answer.g)
 
-    @cached_property
+    @kept
     def potential_aa(self) -> Any:
         """(n,) potential of X_a's transport to itself; None unless debiased."""
         own = self._answers.own_a
         return None if own is None else self._given.answer(own.f)
 
-    @cached_property
+    @kept
     def potential_bb(self) -> Any:
         """(m,) potential of X_b's transport to itself; None unless debiased."""
         own = self._answers.own_b
@@ -129,12 +129,12 @@ class OTResult:
         """(f, g)."""
         return self.potential_a, self.potential_b
 
-    @cached_property
+    @kept
     def marginal_a(self) -> Any:
         """r = P·1 (n,)."""
         return self._given.answer(self._answer.r.clone())
 
-    @cached_property
+    @kept
     def marginal_b(self) -> Any:
         """c = Pᵀ·1 (m,)."""
         return self._given.answer(self._answer.c.clone())
@@ -144,12 +144,12 @@ class OTResult:
         """(P·1, Pᵀ·1)."""
         return self.marginal_a, self.marginal_b
 
-    @cached_property
+    @kept
     def a_to_b(self) -> Any:
         """(n, d): where each point of X_a goes on average, (P y)_i / r_i; points of zero weight go where they would."""
         return self._given.answer(self._answer.barycentres())
 
-    @cached_property
+    @kept
     def b_to_a(self) -> Any:
         """(m, d): where each point of X_b comes from on average, (Pᵀ x)_j / c_j."""
         return self._given.answer(self._answer.barycentres(transposed=True))
@@ -166,7 +166,7 @@ class OTResult:
         """The sum of P over `axis`, as in OTT: Pᵀ·1 (m,) for 0, P·1 (n,) for 1. Raises InputError for another axis."""
         return self.marginal_a if _axis(axis) == 1 else self.marginal_b
 
-    @cached_property
+    @kept
     def plan(self) -> Any:
         """P (n, m), dense. Raises InputError above `otgen.solvers.operator.PLAN_LIMIT` bytes."""
         n, m = self.plan_operator.shape
@@ -174,17 +174,17 @@ class OTResult:
         operators.require_room("plan", n, m, self._solution, cure)
         return self._given.answer(self._answer.plan())
 
-    @cached_property
+    @kept
     def lazy_plan(self) -> LazyPlan:
         """P (n, m), any block of which is computed when it is asked for: `lazy_plan[i0:i1, j0:j1]`. POT's name."""
         return LazyPlan(self._solution, self._given)
 
-    @cached_property
+    @kept
     def plan_operator(self) -> PlanOperator:
         """P (n, m) as a linear map, `plan_operator @ v` and `plan_operator.T @ u`. GeomLoss 0.3's name."""
         return PlanOperator(self._answer, self._given)
 
-    @cached_property
+    @kept
     def density(self) -> Any:
         """exp((f_i + g_j − C_ij)/reg) (n, m), dense: P with respect to a⊗b, at points without weight too. GeomLoss 0.3's name.
 
@@ -195,17 +195,17 @@ class OTResult:
         operators.require_room("density", n, m, self._solution, cure)
         return self._given.answer(self._answer.density())
 
-    @cached_property
+    @kept
     def f(self) -> Any:
         """(n,): OTT's potential, the weight inside, P_ij = exp((f_i + g_j − C_ij)/reg): potential_a + reg·log a, −∞ for a = 0."""
         return self._given.answer(operators.folded(self._answer.f, self._answer.a, self.reg))
 
-    @cached_property
+    @kept
     def g(self) -> Any:
         """(m,): potential_b + reg·log b."""
         return self._given.answer(operators.folded(self._answer.g, self._answer.b, self.reg))
 
-    @cached_property
+    @kept
     def transport_mass(self) -> Any:
         """ΣP, 1 for balanced weights of mass 1. OTT's name."""
         return self._given.answer(self._answer.r.sum(dtype=torch.float64))
@@ -215,7 +215,7 @@ class OTResult:
         """<P, C>: OTT's name for `value_linear`."""
         return self.value_linear
 
-    @cached_property
+    @kept
     def dual_cost(self) -> Any:
         """<a, f> + <b, g> for OTT's potentials `f` and `g`, in units of the cost.
 
@@ -224,7 +224,7 @@ class OTResult:
         """
         return self._given.answer(operators.dual_cost(self._answer))
 
-    @cached_property
+    @kept
     def entropy(self) -> Any:
         """−Σ P log P, in nats, with 0·log 0 = 0: OTT's convention, for plans of any mass. One sweep, shared with value_linear."""
         return self._given.answer(operators.entropy(self._answer, self._linear_cost))

@@ -31,7 +31,8 @@ SECOND = "expected one derivative of a potential at most; got a second; type .de
 class DualPotentials:
     """The potentials of a solved problem at any points, by one update from the other side's.
 
-    Points have the kind, device and dtype of those the problem was given; answers are as in `OTResult`. NaN gives NaN.
+    Points have the kind, device and dtype of those the problem was given; answers are as in `OTResult`. NaN gives NaN. The solution
+    is a constant here, whatever `grad` it was solved with.
     """
 
     _solution: Solution
