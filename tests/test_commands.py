@@ -212,7 +212,7 @@ def test_a_flag_chooses_the_problems(tmp_path: Path, capsys: pytest.CaptureFixtu
         str(tmp_path / "t.db"),
     ]
     _, out, _ = run(*words, capsys=capsys)
-    assert "2 problems for a100" in out
+    assert "3 problems for a100" in out
     _, out, _ = run(*words, "--flag", "schedule=symmetric", capsys=capsys)
     assert "1 problems for a100" in out
     assert "sinkhorn[schedule=symmetric]" in out

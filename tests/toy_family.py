@@ -38,7 +38,7 @@ TOY = Family(
     reference=_unused,
     work=_unused,
     budget=_unused,
-    standard=lambda d: ({},),
+    standard=lambda n, m, d: ({},),
 )
 
 
