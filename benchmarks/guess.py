@@ -1,8 +1,9 @@
 """Fits the coefficients of otgen/guess.py to the compiled trials of databases: `python benchmarks/guess.py DB...`.
 
-Writes otgen/guess.json, and prints how well the coefficients do on a third of the kernels, when they are fitted to the others: the
-standard deviation of log(guess / compiled), the rank correlation, and of the variants that spilled how many the guess of registers
-would have refused. Needs SciPy. Coefficients are not negative: each stands for instructions somebody has to issue.
+Writes otgen/guess.json, where kinds of kernel that the databases lack keep their coefficients, and prints how well the coefficients
+do on a third of the kernels, when they are fitted to the others: the standard deviation of log(guess / compiled), the rank
+correlation, and of the variants that spilled how many the guess of registers would have refused. Needs SciPy. Coefficients are not
+negative: each stands for instructions somebody has to issue.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def main() -> None:
     every: dict[Any, Kernel] = {}
     for path in sys.argv[1:]:
         every |= kernels(Path(path))
-    tables: dict[str, dict[str, dict[str, float]]] = {"slots": {}, "shared": {}, "registers": {}}
-    for kind in ("mma", "async", "fma"):
+    tables: dict[str, dict[str, dict[str, float]]] = json.loads(COEFFICIENTS.read_text(encoding="utf-8"))
+    for kind in sorted({kernel.kind for kernel in every.values()}):
         mine = [kernel for kernel in every.values() if kernel.kind == kind]
         random.Random(0).shuffle(mine)
         third = len(mine) // 3

@@ -12,6 +12,16 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SMALLEST_SUM = tl.constexpr(2.0**-80)
 LARGEST_SUM = tl.constexpr(2.0**120)
 
+LOWEST = tl.constexpr(-1e30)
+"""The bias of what lies beyond a cloud: 2^LOWEST is zero, and unlike infinity it can be multiplied by zero."""
+
+LANES = tl.constexpr(4)
+"""Lanes that share a row of a matrix instruction's fragment."""
+
+BIAS_DEPTH = tl.constexpr(16)
+HALF_WORD = tl.constexpr(16)
+UPPER_HALF = tl.constexpr(-(1 << 16))
+
 
 @triton.jit
 def load_points(ptr, points, count, k, D: tl.constexpr, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr):
@@ -84,6 +94,118 @@ def score(
             y_k = load_points(y, cols, m, k, D, BLOCK_K, MASK_K)
             dots = product(x_k, tl.trans(y_k), dots, PRECISION)
         return bias + scale * dots
+
+
+@triton.jit
+def load_block(
+    ptr, first, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Coordinates of BLOCK points from `first` on, zero outside the cloud. WHOLE: all lie inside, nothing has to be masked."""
+    if WHOLE:
+        dims = tl.arange(0, BLOCK_K)
+        places = ptr + first * tl.full([], D, tl.int64) + tl.arange(0, BLOCK)[:, None] * D + dims[None, :]
+        if MASK_K:
+            return tl.load(places, mask=(dims < D)[None, :], other=0.0)
+        else:
+            return tl.load(places)
+    else:
+        return load_points(ptr, first + tl.arange(0, BLOCK), count, 0, D, BLOCK_K, MASK_K)
+
+
+@triton.jit
+def load_some(ptr, first, count, other, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """BLOCK numbers from `first` on, `other` beyond the last. WHOLE: that many are left."""
+    places = tl.arange(0, BLOCK)
+    if WHOLE:
+        return tl.load(ptr + first + places)
+    else:
+        return tl.load(ptr + first + places, mask=first + places < count, other=other)
+
+
+@triton.jit
+def upper_half(v):
+    """The bf16 that is fp32 `v` without the lower half of its bits: 8 bits of its mantissa are left."""
+    return (v.to(tl.int32, bitcast=True) >> HALF_WORD).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def lower_bits(v):
+    """`v` minus its `upper_half`, exactly."""
+    return v - (v.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def thirds(v):
+    """Three bf16 whose sum is fp32 `v`, to its last bit."""
+    rest = lower_bits(v)
+    return upper_half(v), upper_half(rest), upper_half(lower_bits(rest))
+
+
+@triton.jit
+def column_biases(v, ACROSS_WARPS: tl.constexpr):
+    """(N, 16) operand: <column_biases(v)_j, row_biases(u)_i> = v_j + u_i, exact but for the sum's rounding.
+
+    A lane of a fragment holds four of a row's 16 entries: 4·lane … 4·lane + 3, of an instruction across warps those at 2·lane + 0,
+    1, 8 and 9. All four lanes hold the same, v's thirds and a one, so that none has to choose, or to ask another.
+    """
+    high, middle, low = thirds(v)
+    one = tl.full([v.shape[0]], 1.0, tl.float32).to(tl.bfloat16)
+    own = tl.join(tl.join(high, low), tl.join(middle, one))
+    if ACROSS_WARPS:
+        every = tl.broadcast_to(own[:, :, None, :], [v.shape[0], 2, LANES, 2])
+    else:
+        every = tl.broadcast_to(own[:, None, :, :], [v.shape[0], LANES, 2, 2])
+    return tl.reshape(every, [v.shape[0], BIAS_DEPTH])
+
+
+@triton.jit
+def row_biases(u, ACROSS_WARPS: tl.constexpr):
+    """(M, 16) operand: ones that meet the first lane's thirds in `column_biases`, and u's thirds, each meeting one lane's one."""
+    high, middle, low = thirds(u)
+    k = tl.arange(0, BIAS_DEPTH)[None, :]
+    if ACROSS_WARPS:
+        lane, part = k // 2 % LANES, k // (2 * LANES) * 2 + k % 2
+    else:
+        lane, part = k // LANES, k % LANES
+    third = tl.where(lane == 0, high[:, None], tl.where(lane == 1, middle[:, None], low[:, None])).to(tl.float32)
+    third = tl.where(lane < LANES - 1, third, 0.0)
+    return tl.where(part == LANES - 1, third, tl.where(lane == 0, 1.0, 0.0)).to(tl.bfloat16)
+
+
+@triton.jit
+def exponentials(
+    x,
+    u,
+    y_ptr,
+    v_ptr,
+    first,
+    m,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ACROSS_WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """2^S of the BLOCK columns from `first` on, which come first, (BLOCK, M); zero beyond the last. WHOLE: all of them exist.
+
+    x from `scaled_operand`, u from `row_biases`. An infinite bias makes NaN.
+    """
+    v = load_some(v_ptr, first, m, LOWEST, BLOCK, WHOLE)
+    y = load_block(y_ptr, first, m, BLOCK, D, BLOCK_K, MASK_K, WHOLE)
+    start = tl.zeros([BLOCK, x.shape[0]], tl.float32)
+    start = product(column_biases(v, ACROSS_WARPS), tl.trans(u), start, "bf16")
+    return tl.exp2(product(y, tl.trans(x), start, PRECISION))
+
+
+@triton.jit
+def sums_in_parts(p, PARTS: tl.constexpr):
+    """Sums of every PARTS-th row of a tile, (PARTS, columns). Rows that one lane holds need no other lane to be added up."""
+    if p.shape[0] == PARTS:
+        return p
+    else:
+        return tl.sum(tl.reshape(p, [p.shape[0] // PARTS, PARTS, p.shape[1]]), 0)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Instructions per pair and registers per thread are sums over features of the tile, with coefficients that benchmarks/guess.py fitted
 to compiled kernels, not to times, and wrote to guess.json. There are three kinds of kernel: products on warp-wide matrix
-instructions (mma), on asynchronous ones that read shared memory themselves (async), and on the multiply-add pipe (fma).
+instructions (mma), on asynchronous ones that read shared memory themselves (async), and on the multiply-add pipe (fma); the first
+two differ again where the tile is held by columns, with the biases in the product.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from otgen.errors import CompileError
 from otgen.families import family
+from otgen.families.tiles import across_warps
 from otgen.gpus import Gpu
 from otgen.isa import Mix
 from otgen.model import predict
@@ -54,22 +56,31 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
     needed = ceil(_weighted("registers", kind, features))
     spilled = max(0, needed - gpu.registers_per_thread)
     running = features["running"]
+    sums = 1.25 + 1.1 * tile.both_sums if tile.bias_depth else 2.0 + running + 2.0 * tile.both_sums
     mix = Mix(
         slots=slots + 2 * spilled,
         mufu=pairs,
-        fp32=pairs * (2.0 + running + 2.0 * tile.both_sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)),
+        fp32=pairs * (sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)),
         alu=pairs * (0.4 + 1.5 * running),
         shared=shared,
-        shuffle=pairs * (8.0 * (1 + running) * features["one over columns"] + 24.0 * features["both sums over rows"]),
+        shuffle=pairs * _shuffles(tile, features),
         spills=2.0 * spilled,
     )
     return mix, needed
 
 
+def _shuffles(tile: Tile, features: Mapping[str, float]) -> float:
+    """Warp shuffles per pair: sums cross lanes, 8 along a column of the tile, 4 along a row."""
+    if tile.bias_depth:
+        return 8.0 * features["both sums over columns"]
+    return 8.0 * (1 + features["running"]) * features["one over columns"] + 24.0 * features["both sums over rows"]
+
+
 def kernel_kind(tile: Tile, variant: Variant, gpu: Gpu) -> str:
     if tile.unit(gpu) == "fma":
         return "fma"
-    return "async" if gpu.arch in (90, 100) and tile.m >= 64 and variant.int("num_warps") >= 4 else "mma"
+    kind = "async" if across_warps(gpu, tile.n if tile.bias_depth else tile.m, variant.int("num_warps")) else "mma"
+    return f"{kind} by columns" if tile.bias_depth else kind
 
 
 def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
@@ -79,6 +90,9 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
     pairs = tile.m * tile.n / lanes
     rows = max(16.0, tile.m / warps)
     columns = max(8.0, tile.m * tile.n / warps / rows)
+    if tile.bias_depth:
+        rows = float(tile.n if variant["bias"] == "mma" else tile.n // warps)
+        columns = tile.m * tile.n / warps / rows
     running = float(variant["stabiliser"] == "running")
     itemsize = 4 if tile.unit(gpu) in ("tf32", "fp32", "fma") else 2
     split = MODES[tile.precision].products > 1
@@ -100,6 +114,7 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
         "one over columns": 1.0 / columns,
         "running over columns": running / columns,
         "both sums over rows": tile.both_sums / rows,
+        "both sums over columns": tile.both_sums / columns,
         "one over pairs": 1.0 / pairs,
         "pairs": pairs,
         "running pairs": running * pairs,
@@ -112,6 +127,8 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
         "row block": tile.m * tile.k / lanes,
         "values": values,
         "rows": rows / 4,
+        "columns": columns / 4,
+        "both sums of columns": tile.both_sums * columns / 4,
     }
 
 
@@ -132,6 +149,7 @@ PER_PAIR = (
     "one over columns",
     "running over columns",
     "both sums over rows",
+    "both sums over columns",
     "one over pairs",
 )
 """Features that instructions per pair are counted from."""
@@ -150,6 +168,8 @@ PER_THREAD = (
     "row block",
     "values",
     "rows",
+    "columns",
+    "both sums of columns",
 )
 """Features that registers are counted from."""
 

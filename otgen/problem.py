@@ -190,6 +190,7 @@ class Family:
     work       (problem, variant) → what its launches do, for the performance model
     budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
     grid_axes  axes that change how many programs there are and not what they do: all values above one compile alike
+    later_axes axes the family got after variants of it had been stored: one without them has the default's values
     standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
     """
 
@@ -206,6 +207,7 @@ class Family:
     budget: Callable[[Problem, Variant, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
     standard: Callable[[int, int, int], tuple[Mapping[str, Value], ...]]
     grid_axes: tuple[str, ...] = ()
+    later_axes: tuple[str, ...] = ()
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:
         """A problem of this family with every flag checked; a flag left out takes its first value.
@@ -232,13 +234,18 @@ class Family:
         """What stands for all variants that compile to the kernels of this one: numbers of programs above two are two."""
         return variant.with_(**{axis: min(variant.int(axis), 2) for axis in self.grid_axes if axis in variant})
 
+    def complete(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
+        """`variant` with the default's values of those `later_axes` that it lacks."""
+        default = self.default(problem)
+        return Variant({axis: default[axis] for axis in self.later_axes}, **variant)
+
     def check(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
-        """`variant` as a Variant, each axis and value checked against the declared space.
+        """`variant` as a complete Variant, each axis and value checked against the declared space.
 
         Whatever is read from a file or a command line passes through here before a template sees it.
         Raises UsageError for a missing or unknown axis, a wrong type, or a value the axis does not have.
         """
-        axes = self.axes(problem)
+        axes, variant = self.axes(problem), self.complete(problem, variant)
         for axis, value in variant.items():
             if axis not in axes:
                 raise unknown(f"axis of {self.name}", axis, axes)
@@ -247,4 +254,4 @@ class Family:
         missing = [axis for axis in axes if axis not in variant]
         if missing:
             raise UsageError(f"expected every axis of {self.name}; missing {', '.join(missing)}")
-        return Variant(variant)
+        return variant

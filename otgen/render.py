@@ -77,7 +77,7 @@ def file_name(problem: Problem, variant: Variant, text: str) -> str:
     """``sinkhorn_symmetric_one_sweep_shifted_tf32_m128_n64_k64_w4_s2_<digest>.py``: readable, and unique to the body."""
     words = ["batch"] if problem.batch > 1 else []
     words += [str(value) for _, value in problem.flags if isinstance(value, str)]
-    words += [str(variant[axis]) for axis in ("fusion", "stabiliser", "precision") if axis in variant]
+    words += [str(variant[axis]) for axis in ("fusion", "bias", "stabiliser", "precision") if axis in variant]
     short = {"BLOCK_M": "m", "BLOCK_N": "n", "BLOCK_K": "k", "BLOCK_W": "v", "SPLITS": "p", "num_warps": "w", "num_stages": "s"}
     words += [f"{letter}{variant[axis]}" for axis, letter in short.items() if axis in variant]
     return "_".join([problem.family, *words, body_digest(text)]) + ".py"

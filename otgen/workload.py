@@ -12,6 +12,7 @@ from math import ceil
 from typing import Any
 
 from otgen.families import family
+from otgen.families.tiles import bias_depth
 from otgen.gpus import Gpu
 from otgen.isa import Mix, average, hot_loops
 from otgen.model import ASSUMED, LaunchCost
@@ -40,7 +41,10 @@ class CompiledLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """The shape of a variant's tile: m × n pairs, k coordinates a time, w output columns; `products` score products over all d."""
+    """The shape of a variant's tile: m × n pairs, k coordinates a time, w output columns; `products` score products over all d.
+
+    bias_depth  of the bf16 product that adds the biases; the tile is then held by columns. 0 without one
+    """
 
     m: int
     n: int
@@ -53,6 +57,7 @@ class Tile:
     resident: bool
     both_sums: bool
     shares_values: bool
+    bias_depth: int
 
     @classmethod
     def of(cls, problem: Problem, variant: Variant, work: Work) -> Tile:
@@ -69,6 +74,7 @@ class Tile:
             resident=k >= problem.d,
             both_sums=work.both_sums,
             shares_values=work.own_values,
+            bias_depth=bias_depth(variant),
         )
 
     @property
@@ -82,8 +88,9 @@ class Tile:
         return "fp32" if unit == "fma" and gpu.matrix_fp32 else unit
 
     def tensor_flops(self, gpu: Gpu) -> dict[str, float]:
-        unit = self.unit(gpu)
-        return {} if unit == "fma" else {unit: 2.0 * self.m * self.n * self.depth}
+        depths = {"bf16": self.bias_depth}
+        depths[self.unit(gpu)] = depths.get(self.unit(gpu), 0) + self.depth
+        return {unit: 2.0 * self.m * self.n * depth for unit, depth in depths.items() if depth and unit != "fma"}
 
     @property
     def loaded_bytes(self) -> float:

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from otgen.blocks import load_points, not_finite, out_of_range
+from otgen.blocks import BIAS_DEPTH, LOWEST, column_biases, load_points, not_finite, out_of_range, row_biases, sums_in_parts
 
 
 @triton.jit
@@ -66,3 +66,55 @@ def test_what_lies_outside_is_not_detected() -> None:
     sums[12] = 0.0
     _checks[(1,)](sums, out, 12, BLOCK=16)
     assert out[0] == 0
+
+
+@triton.jit
+def _biases(v, columns, rows, BLOCK: tl.constexpr, ACROSS_WARPS: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    values = tl.load(v + place)
+    places = place[:, None] * BIAS_DEPTH + tl.arange(0, BIAS_DEPTH)[None, :]
+    tl.store(columns + places, column_biases(values, ACROSS_WARPS).to(tl.float32))
+    tl.store(rows + places, row_biases(values, ACROSS_WARPS).to(tl.float32))
+
+
+@pytest.mark.parametrize("across_warps", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+def test_biases_are_exact_in_a_bf16_product(across_warps: bool, size: float) -> None:
+    """Emulated in float64: the operands are bf16 as they are, their product is v_j + u_i to the last bit of both."""
+    generator = torch.Generator().manual_seed(0)
+    values = size * torch.randn(32, generator=generator)
+    values[:3] = torch.tensor([0.0, LOWEST.value, 1.0 - 2.0**-24])
+    columns, rows = torch.empty(32, BIAS_DEPTH.value), torch.empty(32, BIAS_DEPTH.value)
+    _biases[(1,)](values, columns, rows, BLOCK=32, ACROSS_WARPS=across_warps)
+    for operand in (columns, rows):
+        assert torch.equal(operand, operand.bfloat16().float())
+    product, exact = columns.double() @ rows.double().T, values.double()[:, None] + values.double()
+    kept = torch.arange(32) != 1
+    assert torch.equal(product[kept][:, kept], exact[kept][:, kept])
+    assert (product[1] < 0.9 * LOWEST.value).all(), "beyond a cloud: 2^S is zero, whatever the other bias"
+    error = (product.float().double() - exact).abs() / (values.double()[:, None].abs() + values.double().abs())
+    assert error[kept][:, kept].nan_to_num().max() <= 2.0**-24, "fp32's own rounding"
+
+
+@pytest.mark.parametrize("across_warps", [False, True])
+def test_all_lanes_of_a_fragment_hold_the_same(across_warps: bool) -> None:
+    """Four lanes share a row: of a warp's own instruction each has four neighbours, of one across warps 2·lane + 0, 1, 8 and 9."""
+    values = torch.linspace(-50.0, 50.0, 16)
+    columns, rows = torch.empty(16, BIAS_DEPTH.value), torch.empty(16, BIAS_DEPTH.value)
+    _biases[(1,)](values, columns, rows, BLOCK=16, ACROSS_WARPS=across_warps)
+    lanes = columns.view(16, 2, 4, 2).transpose(1, 2) if across_warps else columns.view(16, 4, 2, 2)
+    assert torch.equal(lanes, lanes[:, :1].expand(16, 4, 2, 2))
+
+
+@triton.jit
+def _parts(p, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    columns = tl.arange(0, COLUMNS)[None, :]
+    tile = tl.load(p + tl.arange(0, ROWS)[:, None] * COLUMNS + columns)
+    tl.store(out + tl.arange(0, PARTS)[:, None] * COLUMNS + columns, sums_in_parts(tile, PARTS))
+
+
+@pytest.mark.parametrize("parts", [8, 16, 64])
+def test_parts_hold_every_row_once(parts: int) -> None:
+    tile, out = torch.rand(64, 4), torch.empty(parts, 4)
+    _parts[(1,)](tile, out, ROWS=64, COLUMNS=4, PARTS=parts)
+    torch.testing.assert_close(out, tile.view(64 // parts, parts, 4).sum(0))

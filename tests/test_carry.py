@@ -231,6 +231,17 @@ with Store.open(sys.argv[1]) as store:
 """
 
 
+def test_a_variant_of_before_an_axis_was_added_is_carried_with_the_value_it_then_had(path: Path, tuned: list[Winner]) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for table in ("trial", "winner"):
+            connection.execute(f"UPDATE {table} SET variant = json_remove(variant, '$.bias')")
+    with Store.open(path) as store:
+        assert not any("bias" in winner.variant for winner in store.winners())
+        assert carry([PROBLEM, SMALLER], A100, store) == {PROBLEM: 8, SMALLER: 8}
+        assert [told(winner) for winner in store.winners()] == [told(winner) for winner in tuned]
+        assert carry([PROBLEM, SMALLER], A100, store) == {}
+
+
 def test_killed_in_the_middle_nothing_is_carried(path: Path, tuned: list[Winner]) -> None:
     before = rows(path)
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True)
@@ -313,5 +324,6 @@ def test_shipped_files_are_carried_over_without_a_working_database(tmp_path: Pat
     monkeypatch.setattr(sys, "argv", arguments)
     module.main()
     before, after = (read_winners(folder / "mi300x.db") for folder in (resource("tuning_db"), tmp_path))
-    assert [(w.problem, w.variant, w.predicted_us) for w in after] == [(w.problem, w.variant, w.predicted_us) for w in before]
+    kept = [(w.problem, family(w.problem.family).complete(w.problem, w.variant), w.predicted_us) for w in before]
+    assert [(w.problem, w.variant, w.predicted_us) for w in after] == kept
     assert not any(stale(winner) for winner in after)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
 import triton
 from kinds import every
 
-from otgen.compile import Kernel, compile_key, compile_variant
+from otgen.compile import Kernel, compile_key, compile_variant, inspect_variants
 from otgen.errors import CompileError
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS, gpu
@@ -44,6 +45,11 @@ def test_compiles_for_every_architecture(name: str) -> None:
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 axes = {"fusion": fusion} if fusion else {}
                 tasks[arch, problem.flag_text, fusion] = problem, tuned(problem, "bf16", **axes), slug
+            for bias, fusion in product(kind.axes(problem).get("bias", ())[1:], ("half_step", "one_sweep")):
+                variant = tuned(problem, "bf16", BLOCK_M=128, bias=bias, fusion=fusion)
+                if fusion in kind.axes(problem)["fusion"] and not kind.fits(problem, variant, gpu(slug)):
+                    tasks[arch, problem.flag_text, fusion, bias] = problem, variant, slug
+    assert {key[0] for key in tasks if len(key) == 4} == (set(ARCHITECTURES) if name == "sinkhorn" else set())
     outcomes = compile_all(tasks)
     assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
     for (arch, *_), outcome in outcomes.items():
@@ -51,6 +57,31 @@ def test_compiles_for_every_architecture(name: str) -> None:
             assert 16 <= kernel.registers <= gpu(ARCHITECTURES[arch]).registers_per_thread
             assert kernel.binary[:4] == b"\x7fELF"
             assert kernel.shared_bytes <= gpu(ARCHITECTURES[arch]).shared_per_block
+
+
+@pytest.mark.parametrize(
+    ("slug", "schedule", "axes", "slots"),
+    [
+        ("h100", "symmetric", {"bias": "wgmma", "num_stages": 2}, 5.1),
+        ("h100", "alternating", {"bias": "wgmma", "num_stages": 1}, 3.5),
+        ("a100", "symmetric", {"bias": "mma", "BLOCK_M": 256, "num_stages": 1}, 7.8),
+        ("a100", "alternating", {"bias": "mma", "BLOCK_M": 256, "num_stages": 1}, 5.8),
+    ],
+)
+def test_issue_slots_of_biases_in_the_product(slug: str, schedule: str, axes: dict[str, int | str], slots: float) -> None:
+    """TF32, d = 64, nothing spilled, one exp2 a pair. Added, the biases take 7.6 slots (h100) and 9.1 (a100) for both sums."""
+    problem = family("sinkhorn").problem(4096, 4096, 64, schedule=schedule)
+    fusion = {"fusion": "one_sweep", "SPLITS": 8} if schedule == "symmetric" else {"fusion": "half_step"}
+    variant = tuned(problem, "tf32", **{"BLOCK_M": 128, **axes, **fusion})
+    assert family("sinkhorn").fits(problem, variant, gpu(slug)) == ""
+    with Pool(compile=Role(1, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
+        pool.submit("compile", 0, inspect_variants, problem, [variant], slug)
+        ((inspection,),) = (outcome.value for outcome in pool.outcomes())
+    assert [launch.spills for launch in inspection.launches] == [0] * len(inspection.launches)
+    pairs = variant.int("BLOCK_M") * variant.int("BLOCK_N") / (32 * variant.int("num_warps"))
+    per_pair = inspection.launches[0].mix.per_pair(pairs)
+    assert per_pair["slots"] <= slots
+    assert per_pair["mufu"] <= 1.02
 
 
 def test_listings_read_together_are_those_of_cuobjdump(tmp_path: Path) -> None:
@@ -116,6 +147,8 @@ def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))
                 tasks[problem.flag_text, fusion] = problem, variant, "a100"
+                if fusion in ("half_step", "one_sweep"):
+                    tasks[problem.flag_text, fusion, "mma"] = problem, variant.with_(bias="mma", precision="tf32"), "a100"
     assert {key: o.message for key, o in compile_all(tasks).items() if o.status != "ok"} == {}
 
 

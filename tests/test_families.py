@@ -42,7 +42,7 @@ def spread(problem: Problem, count: int) -> list[Variant]:
     groups: dict[tuple[object, ...], list[Variant]] = {}
     for variant in legal(problem):
         resident = variant.int("BLOCK_K") >= problem.d
-        groups.setdefault((variant.get("fusion"), variant["stabiliser"], resident), []).append(variant)
+        groups.setdefault((variant.get("fusion"), variant.get("bias"), variant["stabiliser"], resident), []).append(variant)
     chooser = random.Random(str(problem))
     order = [chooser.choice(group) for _, group in sorted(groups.items(), key=str)]
     return [*order, *(chooser.choice(legal(problem)) for _ in range(count - len(order)))][: max(count, len(order))]
@@ -164,3 +164,15 @@ def test_values_outside_the_space_are_refused(axes: dict[str, object], message: 
         kind.check(problem, {**kind.default(problem), **axes})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="missing BLOCK_M"):
         kind.check(problem, {"BLOCK_N": 64})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_variant_from_before_an_axis_was_added_has_the_default_of_it(name: str) -> None:
+    kind = family(name)
+    problem = kind.problem(64, 64, 64)
+    default = kind.default(problem)
+    old = {axis: value for axis, value in default.items() if axis not in kind.later_axes}
+    assert kind.complete(problem, old) == kind.check(problem, old) == default
+    for axis in kind.later_axes:
+        chosen = kind.axes(problem)[axis][-1]
+        assert kind.complete(problem, {**old, axis: chosen})[axis] == chosen

@@ -39,7 +39,10 @@ def problems(n: int, m: int, d: int) -> list[Problem]:
 
 
 def variants(problem: Problem) -> Iterator[Variant]:
-    """Every precision mode with both stabilisers and every fusion; resident and looped, warps and stages take turns."""
+    """Every precision mode with both stabilisers and every fusion; resident and looped, warps and stages take turns.
+
+    Every way to add biases besides, with every precision mode and fusion.
+    """
     fusions = family(problem.family).axes(problem).get("fusion", ("",))
     base = family(problem.family).default(problem).with_(BLOCK_M=64, BLOCK_N=32)
     for (i, mode), (j, stabiliser), fusion in product(enumerate(MODES), enumerate(("running", "shifted")), fusions):
@@ -56,6 +59,10 @@ def variants(problem: Problem) -> Iterator[Variant]:
             num_stages=1 + (i + j) % 3,
             **own,
         )
+        if stabiliser == "shifted":
+            for bias in family(problem.family).axes(problem).get("bias", ())[1:]:
+                resident = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1 + i % 2}
+                yield base.with_(precision=mode, stabiliser=stabiliser, bias=bias, **resident, **own)
 
 
 CASES = [pytest.param(p, v, id=f"{p.family}-{p.flag_text}-{v.text}") for p in problems(131, 157, MASKED) for v in variants(p)]

@@ -13,11 +13,11 @@ import pytest
 from otgen.errors import CompileError
 from otgen.families import family
 from otgen.gpus import GPUS
-from otgen.guess import estimate
+from otgen.guess import estimate, guess
 from otgen.isa import Mix
 from otgen.model import ASSUMED, PHASES, UNITS, Assumptions, LaunchCost, occupancy, predict
 from otgen.problem import Problem, Variant
-from otgen.workload import CompiledLaunch, launch_costs, tile_mix
+from otgen.workload import CompiledLaunch, Tile, launch_costs, tile_mix
 
 A100 = GPUS["a100"]
 
@@ -203,6 +203,19 @@ def test_estimates_respect_what_is_known(slug: str) -> None:
     assert estimate(symmetric(), two_launches, gpu) < estimate(symmetric(), two_launches.with_(stabiliser="running"), gpu)
     assert best < estimate(symmetric(), variant.with_(precision="ieee"), gpu), "fp32 products are slower than tensor cores"
     assert best < estimate(symmetric(131072), variant, gpu), "more pairs take longer"
+
+
+@pytest.mark.parametrize(("slug", "bias"), [("a100", "mma"), ("h100", "wgmma"), ("b200", "wgmma"), ("rtx4090", "mma")])
+def test_biases_in_the_product_are_estimated_to_save_instructions(slug: str, bias: str) -> None:
+    """What they add is tensor work: a bf16 product of depth 16."""
+    problem, gpu = symmetric(), GPUS[slug]
+    variant = TILE.with_(bias=bias)
+    assert SINKHORN.fits(problem, variant, gpu) == ""
+    tile, added = (Tile.of(problem, v, SINKHORN.work(problem, v)) for v in (variant, TILE))
+    assert guess(tile, variant, gpu)[0].slots < 0.9 * guess(added, TILE, gpu)[0].slots
+    assert tile.tensor_flops(gpu) == {**added.tensor_flops(gpu), "bf16": 2.0 * 128 * 64 * 16}
+    half = TILE.with_(bias=bias, precision="bf16")
+    assert Tile.of(problem, half, SINKHORN.work(problem, half)).tensor_flops(gpu) == {"bf16": 2.0 * 128 * 64 * (64 + 16)}
 
 
 def test_estimates_of_tiles_that_spill_or_do_not_fit() -> None:

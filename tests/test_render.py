@@ -36,6 +36,8 @@ CASES = {
     "sinkhorn_one_sweep_split": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4}, schedule="symmetric"),
     "sinkhorn_own": case("sinkhorn", {"fusion": "half_step", "SPLITS": 1}, schedule="own"),
     "sinkhorn_half_sweep": case("sinkhorn", {"fusion": "half_sweep", "SPLITS": 4}, schedule="own"),
+    "sinkhorn_alternating_mma": case("sinkhorn", {"fusion": "half_step", "bias": "mma"}, schedule="alternating"),
+    "sinkhorn_one_sweep_wgmma": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4, "bias": "wgmma"}, schedule="symmetric"),
     "sinkhorn_batch": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating", batch=64),
     "transport_vector": case("transport", {}, output="vector"),
     "transport_matrix": case("transport", {"BLOCK_W": 32}, output="matrix", width=100),
@@ -54,7 +56,7 @@ def test_golden(name: str) -> None:
     assert text == path.read_text(encoding="utf-8"), f"OTGEN_UPDATE_GOLDEN=1 pytest {__file__}"
 
 
-def test_goldens_cover_every_family_and_fusion_and_nothing_else() -> None:
+def test_goldens_cover_every_family_fusion_and_bias_and_nothing_else() -> None:
     assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
     problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values() if problem.batch == 1}
     combinations = [(kind.name, flags) for kind in FAMILIES.values() for flags in kind.standard(4096, 4096, 64)]
@@ -64,6 +66,8 @@ def test_goldens_cover_every_family_and_fusion_and_nothing_else() -> None:
         assert {v["fusion"] for p, v in CASES.values() if p.flags == problem.flags} == set(
             family("sinkhorn").axes(problem)["fusion"]
         )
+    biases = {family("sinkhorn").complete(p, v)["bias"] for p, v in CASES.values() if p.family == "sinkhorn"}
+    assert biases == set(family("sinkhorn").axes(problem)["bias"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,7 +9,7 @@ from otgen.families import family, sinkhorn, tiles
 from otgen.gpus import gpu
 from otgen.problem import Problem, Variant
 from otgen.render import load
-from otgen.verify import call_arguments
+from otgen.verify import call_arguments, failures, interpret, verify
 
 KIND = family("sinkhorn")
 SYMMETRIC = KIND.problem(70, 45, 5, schedule="symmetric")
@@ -46,13 +46,14 @@ def test_fusion_and_stabiliser_do_not_change_the_step(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["two_launches", "one_launch", "one_sweep"])
+@pytest.mark.parametrize("bias", ["added", "mma"])
 @pytest.mark.parametrize("offset", [-3000.0, -130.0, 130.0, 3000.0])
-def test_a_shift_out_of_range_is_redone(fusion: str, offset: float) -> None:
+def test_a_shift_out_of_range_is_redone(fusion: str, bias: str, offset: float) -> None:
     """u* does not depend on u: however wrong the shift, the kernel must find it; rho itself may leave fp32's range."""
     given = {**sinkhorn.inputs(SYMMETRIC, 1), "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
     expected = sinkhorn.reference(SYMMETRIC, given)["u_out"]
     given["u"][::7] += offset
-    found = run(SYMMETRIC, given, fusion=fusion, stabiliser="shifted")
+    found = run(SYMMETRIC, given, fusion=fusion, stabiliser="shifted", bias=bias)
     torch.testing.assert_close(found["u_out"], expected, rtol=1e-6, atol=1e-3)
     if offset > 0:
         assert found["v_out"].isfinite().all()
@@ -97,3 +98,95 @@ def test_only_a_measure_with_itself_has_half_a_sweep() -> None:
 def test_one_sweep_needs_a_shift() -> None:
     variant = Variant(KIND.default(SYMMETRIC), fusion="one_sweep", stabiliser="running")
     assert "common shift" in KIND.fits(SYMMETRIC, variant, gpu("a100"))
+
+
+IN_PRODUCT = {
+    "mma": {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4},
+    "wgmma": {"bias": "wgmma", "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4},
+}
+"""Tiles that hold their columns first, and take the biases from the product."""
+
+
+@pytest.mark.parametrize("bias", IN_PRODUCT)
+@pytest.mark.parametrize("fusion", ["half_step", "two_launches", "one_launch", "one_sweep"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_biases_from_the_product_agree_with_float64(bias: str, fusion: str, batch: int) -> None:
+    schedule = "alternating" if fusion == "half_step" else "symmetric"
+    for d in (3, 40):
+        problem = KIND.problem(70, 45, d, schedule=schedule, batch=batch)
+        resident = tiles.power_of_two(d)
+        variant = KIND.default(problem).with_(BLOCK_K=resident, stabiliser="shifted", fusion=fusion, **IN_PRODUCT[bias])
+        variants = [variant.with_(SPLITS=splits) for splits in (1, 4)] if fusion == "one_sweep" else [variant]
+        for chosen in variants:
+            assert not list(failures(interpret(problem, chosen))), chosen
+
+
+@pytest.mark.parametrize("bias", IN_PRODUCT)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 37, 5), (37, 1, 16), (33, 64, 17), (32, 65, 3), (65, 200, 1)], ids=str)
+def test_biases_from_the_product_at_awkward_shapes(bias: str, shape: tuple[int, int, int]) -> None:
+    """Whole tiles, which are not masked, none of them, and what is left over."""
+    for problem in (KIND.problem(*shape), KIND.problem(*shape, schedule="symmetric")):
+        axes = {"BLOCK_K": tiles.power_of_two(shape[2]), "stabiliser": "shifted", **IN_PRODUCT[bias]}
+        sweeps = [{"fusion": "one_sweep", "SPLITS": splits} for splits in (1, 2, 16)]
+        for own in sweeps if problem.flags[0] == ("schedule", "symmetric") else [{}]:
+            variant = KIND.default(problem).with_(**axes, **own)
+            assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
+
+
+@pytest.mark.parametrize("bias", IN_PRODUCT)
+@pytest.mark.parametrize("value", [-torch.inf, -3e38, 900.0, torch.inf])
+def test_a_weightless_column_of_any_potential_counts_for_nothing_in_a_product(bias: str, value: float) -> None:
+    """Where 0·inf makes NaN of a sum, that row is redone."""
+    given = {**sinkhorn.inputs(ALTERNATING, 2), "damping": 1.0, "step": 1.0}
+    column = int((given["b"] == 0).nonzero()[0])
+    expected = run(ALTERNATING, given, stabiliser="running")["u_out"]
+    given["v"][column] = value
+    found = run(ALTERNATING, given, stabiliser="shifted", **IN_PRODUCT[bias])["u_out"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", IN_PRODUCT)
+@pytest.mark.parametrize("fusion", ["two_launches", "one_sweep"])
+def test_a_column_out_of_reach_adds_exactly_nothing(bias: str, fusion: str) -> None:
+    """A potential of −1e30 takes a point out as its weight of zero does, to the last bit of the others' sums."""
+    given = {**sinkhorn.inputs(SYMMETRIC, 2), "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
+    given["u"][0] += 100.0
+    column = int((given["b"] == 0).nonzero()[0])
+    expected = run(SYMMETRIC, given, stabiliser="shifted", fusion=fusion, **IN_PRODUCT[bias])["rho"]
+    given["v"][column] = -1e30
+    given["b"][column] = 1.0
+    assert torch.equal(run(SYMMETRIC, given, stabiliser="shifted", fusion=fusion, **IN_PRODUCT[bias])["rho"], expected)
+
+
+@pytest.mark.parametrize(
+    ("slug", "axes", "reason"),
+    [
+        ("a100", {}, ""),
+        ("a100", {"stabiliser": "running"}, "no part of it can wait"),
+        ("a100", {"BLOCK_K": 32}, "cannot be scaled afterwards"),
+        ("a100", {"precision": "ieee"}, "at the price of many additions"),
+        ("a100", {"BLOCK_M": 64, "BLOCK_N": 64}, "more rows than columns"),
+        ("a100", {"bias": "wgmma"}, "has no matrix instruction that spans warps"),
+        ("h100", {}, "a matrix instruction spans four warps here"),
+        ("h100", {"BLOCK_N": 32}, ""),
+        ("h100", {"bias": "wgmma"}, ""),
+        ("h100", {"bias": "wgmma", "num_warps": 8}, "must have 16 columns"),
+        ("h100", {"bias": "wgmma", "num_warps": 2}, "four warps or more"),
+        ("mi300x", {"bias": "wgmma", "precision": "bf16"}, ""),
+        ("mi300x", {"precision": "bf16"}, ""),
+    ],
+    ids=str,
+)
+def test_where_biases_may_come_from_the_product(slug: str, axes: dict[str, int | str], reason: str) -> None:
+    problem = KIND.problem(4096, 4096, 64)
+    tile = {
+        "BLOCK_M": 128,
+        "BLOCK_N": 64,
+        "BLOCK_K": 64,
+        "num_warps": 4,
+        "precision": "tf32",
+        "stabiliser": "shifted",
+        "bias": "mma",
+    }
+    found = KIND.fits(problem, KIND.default(problem).with_(**{**tile, **axes}), gpu(slug))
+    assert (reason in found) if reason else (found == "")

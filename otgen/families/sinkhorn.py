@@ -32,11 +32,11 @@ SWEPT = ("one_sweep", "half_sweep")
 
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
+    shared = {**tiles.tile_axes(problem), "bias": ("added", "mma", "wgmma")}
     if problem.flag("schedule") == "alternating":
-        return {**tiles.tile_axes(problem), "fusion": ("half_step",)}
-    own = problem.own
-    fusion = ("half_step", "half_sweep") if own else ("two_launches", "one_launch", "one_sweep")
-    return {**tiles.tile_axes(problem), "fusion": fusion, "SPLITS": tiles.powers_of_two(1, 16)}
+        return {**shared, "fusion": ("half_step",)}
+    fusion = ("half_step", "half_sweep") if problem.own else ("two_launches", "one_launch", "one_sweep")
+    return {**shared, "fusion": fusion, "SPLITS": tiles.powers_of_two(1, 16)}
 
 
 def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
@@ -48,11 +48,11 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return "only a sweep whose sums are added up by atomics can share its rows among programs"
     if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > problem.m:
         return "a program would have no columns"
-    return tiles.tile_misfit(problem, variant, gpu)
+    return tiles.tile_misfit(problem, variant, gpu) or tiles.bias_misfit(problem, variant, gpu)
 
 
 def default(problem: Problem) -> Variant:
-    own = ("fusion", "SPLITS") if problem.flag("schedule") != "alternating" else ("fusion",)
+    own = ("bias", "fusion", "SPLITS") if problem.flag("schedule") != "alternating" else ("bias", "fusion")
     return Variant(tiles.default_tile(problem), **{axis: axes(problem)[axis][0] for axis in own})
 
 
@@ -170,4 +170,5 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("SPLITS",),
+    later_axes=("bias",),
 )

@@ -105,6 +105,43 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     return ""
 
 
+def bias_depth(variant: Variant) -> int:
+    """Depth of the product that adds the biases; 0 where they are added one by one."""
+    return 0 if variant.get("bias", "added") == "added" else 16
+
+
+def across_warps(gpu: Gpu, rows: int, warps: int) -> bool:
+    """Whether one matrix instruction of `gpu` spans four warps when they multiply a tile of so many rows (wgmma, tcgen05)."""
+    return gpu.arch in (90, 100) and rows >= 64 and warps >= 4
+
+
+def bias_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
+    """Why biases cannot be added in the way of the variant's axis ``bias``, or "".
+
+    added   u_i + v_j starts the accumulator of a tile, one addition per pair
+    mma     a product of depth 16 adds them; tiles are held by columns, laid out for matrix instructions of one warp
+    wgmma   likewise, for matrix instructions across warps
+    """
+    block_m, block_n, warps = (variant.int(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps"))
+    if variant["bias"] == "added":
+        return ""
+    if variant["stabiliser"] != "shifted":
+        return "a running maximum rescales a row's sum with every tile: no part of it can wait"
+    if not is_resident(problem, variant):
+        return "biases start the product of all coordinates: it cannot be scaled afterwards, a block at a time"
+    if variant["precision"] == "ieee":
+        return "a product on the multiply-add pipe adds biases at the price of many additions"
+    if variant["bias"] == "mma":
+        if block_m <= block_n:
+            return "warps share the columns of such a tile, and each column's biases and sums: more rows than columns are needed"
+        return "a matrix instruction spans four warps here: bias=wgmma" if across_warps(gpu, block_n, warps) else ""
+    if block_n % (16 * warps) or warps < 4:
+        return "each of four warps or more must have 16 columns of the tile, or a multiple"
+    if gpu.backend == "cuda" and not across_warps(gpu, block_n, warps):
+        return f"{gpu.slug} has no matrix instruction that spans warps: bias=mma"
+    return ""
+
+
 def sweep(n: int, m: int, variant: Variant, width: int = 0, batch: int = 1) -> Sweep:
     """A launch in which blocks of n rows (times blocks of `width` output columns) each stream all m columns, of each problem."""
     blocks = (ceil(width / variant.int("BLOCK_W")) if width else 1) * batch

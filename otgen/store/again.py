@@ -16,16 +16,16 @@ FROM trial t JOIN compile c ON c.id = t.compile JOIN environment v ON v.id = t.e
 WHERE {_KEY.format("t")}
       AND t.template_hash IN (SELECT w.template_hash FROM winner w
                               WHERE {_KEY.format("w")} AND w.template_hash <> :template_hash)
-      AND NOT EXISTS (SELECT 1 FROM trial p
-                      WHERE {_KEY.format("p")} AND p.template_hash = :template_hash AND p.variant = t.variant)
 ORDER BY t.id
 """
+
+PRESENT = f"SELECT p.variant FROM trial p WHERE {_KEY.format('p')} AND p.template_hash = :template_hash"
 
 _CLAUSE = "carried over from trial"
 
 _TRIAL = f"""
 INSERT INTO trial (environment, {", ".join(_PROBLEM)}, variant, template_hash, status, message, seed, compile)
-SELECT environment, {", ".join(_PROBLEM)}, variant, :template_hash, status,
+SELECT environment, {", ".join(_PROBLEM)}, :variant, :template_hash, status,
        CASE WHEN instr(message, '{_CLAUSE}') THEN substr(message, 1, instr(message, '{_CLAUSE}') - 1)
             WHEN message = '' THEN '' ELSE message || '; ' END
        || '{_CLAUSE} ' || id || ' of template ' || template_hash || ', whose rendered source is the same', seed, :compile
@@ -59,6 +59,7 @@ def insert_again(connection: sqlite3.Connection, trial: PastTrial, compile_key: 
     Its phases took no time again and have none. compile_key: of its binary, whose row is copied; None leaves it the row it has.
     """
     values: dict[str, Any] = {"trial": trial.id, "compile": trial.compile, "template_hash": template_hash}
+    values["variant"] = trial.variant.json  # complete; the old row may lack an axis
     if compile_key is not None:
         connection.execute(_COMPILE, {"key": compile_key, "compile": trial.compile})
         (values["compile"],) = connection.execute("SELECT id FROM compile WHERE key = ?", (compile_key,)).fetchone()

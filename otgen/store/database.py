@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from otgen.errors import StoreError, unknown
+from otgen.families import family
 from otgen.problem import Problem, Variant
 from otgen.resources import template_hash
-from otgen.store.again import OUTDATED, insert_again
+from otgen.store.again import OUTDATED, PRESENT, insert_again
 from otgen.store.connect import connect, errors_of, transaction
 from otgen.store.decide import best_of
 from otgen.store.records import (
@@ -210,9 +211,15 @@ class Store:
             self._insert("winner", {**key, **row}, conflict="REPLACE")
 
     def outdated(self, problem: Problem, gpu: str) -> list[PastTrial]:
-        """The compiled trials on the templates of a problem's stale winners, oldest first; no variant tried on the present one."""
-        rows = self._query(OUTDATED, _key(problem, gpu) | {"template_hash": template_hash(problem.family)})
-        return [PastTrial(row[0], Variant(json.loads(row[1])), *row[2:]) for row in rows]
+        """The compiled trials on the templates of a problem's stale winners, oldest first; no variant tried on the present one.
+
+        A variant that lacks an axis which its family has got since comes with the value it then had (`Family.complete`).
+        """
+        key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
+        present = {variant for (variant,) in self._query(PRESENT, key)}
+        complete = family(problem.family).complete
+        past = [PastTrial(row[0], complete(problem, json.loads(row[1])), *row[2:]) for row in self._query(OUTDATED, key)]
+        return [trial for trial in past if trial.variant.json not in present]
 
     def carry(self, gpu: str, trials: Mapping[Problem, Mapping[PastTrial, str | None]]) -> None:
         """Insert trials of earlier templates as ones of the present, and decide their problems anew: all of it or nothing.

@@ -132,6 +132,7 @@ class StoredTrial:
 class PastTrial:
     """A trial on an earlier template: what tells whether it holds on the present one.
 
+    variant               with all axes that its family has now
     compile, source_hash  the id of its compile row, and the digest of the source that was compiled
     triton                the version it was compiled with
     """
