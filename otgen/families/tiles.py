@@ -119,11 +119,11 @@ def bias_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     """Why biases cannot be added in the way of the variant's axis ``bias``, or "".
 
     added   u_i + v_j starts the accumulator of a tile, one addition per pair
-    mma     a product of depth 16 adds them; tiles are held by columns, laid out for matrix instructions of one warp
-    wgmma   likewise, for matrix instructions across warps
+    mma     a product of depth 16 adds them; tiles are held columns by rows, as matrix instructions of one warp lay them out
+    wgmma   likewise, as matrix instructions across warps do
     """
     block_m, block_n, warps = (variant.int(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps"))
-    if variant["bias"] == "added":
+    if not bias_depth(variant):
         return ""
     if variant["stabiliser"] != "shifted":
         return "a running maximum rescales a row's sum with every tile: no part of it can wait"
