@@ -240,18 +240,18 @@ class Family:
         return Variant({axis: default[axis] for axis in self.later_axes}, **variant)
 
     def check(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
-        """`variant` as a complete Variant, each axis and value checked against the declared space.
+        """`variant` as a Variant, each axis and value checked against the declared space. It may lack `later_axes`.
 
         Whatever is read from a file or a command line passes through here before a template sees it.
         Raises UsageError for a missing or unknown axis, a wrong type, or a value the axis does not have.
         """
-        axes, variant = self.axes(problem), self.complete(problem, variant)
+        axes = self.axes(problem)
         for axis, value in variant.items():
             if axis not in axes:
                 raise unknown(f"axis of {self.name}", axis, axes)
             if type(value) is not type(axes[axis][0]) or value not in axes[axis]:
                 raise UsageError(f"expected {axis} among {', '.join(map(str, axes[axis]))}; got {value!r}")
-        missing = [axis for axis in axes if axis not in variant]
+        missing = [axis for axis in axes if axis not in variant and axis not in self.later_axes]
         if missing:
             raise UsageError(f"expected every axis of {self.name}; missing {', '.join(missing)}")
-        return variant
+        return Variant(variant)

@@ -52,7 +52,7 @@ def source(problem: Problem, variant: Variant) -> str:
 
     Raises UsageError for an axis or value outside the family's space.
     """
-    variant = family(problem.family).check(problem, variant)
+    variant = family(problem.family).complete(problem, family(problem.family).check(problem, variant))
     template = _environment().get_template(f"{problem.family}.py.jinja")
     dtype = "" if problem.dtype == "fp32" else f"--dtype {problem.dtype} "
     flags = " ".join(f"{name}={value}" for name, value in problem.flags)
@@ -74,7 +74,7 @@ def body_digest(text: str) -> str:
 
 
 def file_name(problem: Problem, variant: Variant, text: str) -> str:
-    """``sinkhorn_symmetric_one_sweep_shifted_tf32_m128_n64_k64_w4_s2_<digest>.py``: readable, and unique to the body."""
+    """``sinkhorn_symmetric_one_sweep_added_shifted_tf32_m128_n64_k64_w4_s2_<digest>.py``: readable, and unique to the body."""
     words = ["batch"] if problem.batch > 1 else []
     words += [str(value) for _, value in problem.flags if isinstance(value, str)]
     words += [str(variant[axis]) for axis in ("fusion", "bias", "stabiliser", "precision") if axis in variant]
