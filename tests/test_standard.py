@@ -26,7 +26,7 @@ def flags(problems: list[Problem]) -> list[dict[str, Value]]:
 def batched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy family in two schedules, with a batch that is not told of when it is 1."""
     standard = ({"schedule": "alternating"}, {"schedule": "symmetric"})
-    kind = replace(TOY, flags={**TOY.flags, "batch": int}, standard=lambda d: standard)
+    kind = replace(TOY, flags={**TOY.flags, "batch": int}, standard=lambda n, m, d: standard)
     monkeypatch.setitem(families.FAMILIES, "toy", kind)
 
 
@@ -52,7 +52,7 @@ def test_the_standard_set_does_without() -> None:
     assert flags(combinations("transport", *SHAPE, "fp32", {"output": "matrix", "width": 48})) == [
         {"output": "matrix", "width": 48}
     ]
-    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == 2 * 2 * 20
+    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == (3 + 2) * 20
 
 
 @pytest.mark.usefixtures("batched")
