@@ -8,6 +8,14 @@ import torch
 
 METHODS = ["alternating", "symmetric"]
 
+LABEL_COST = torch.tensor([[0.0, 0.3, 0.5], [0.3, 0.0, 0.2], [0.5, 0.2, 0.1]], dtype=torch.float64)
+"""What transport between each two of three classes costs more."""
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    """A direction, or cotangent."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
 
 def problem(n=60, m=45, d=3, seed=0, dtype=torch.float64):
     """Two overlapping clouds with random weights of mass one."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_family import TOY, install
@@ -62,3 +64,33 @@ def problem() -> Problem:
 def path(tmp_path: Path) -> Path:
     """Where a tuning database may be made: neither it nor its folder is there yet."""
     return tmp_path / "folder" / "tuning.db"
+
+
+SWEEPS = (
+    "sinkhorn_half_step",
+    "sinkhorn_own_step",
+    "sinkhorn_symmetric_step",
+    "apply_plan",
+    "plan_gradient",
+    "hvp_matvec",
+    "hvp_assemble",
+)
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each launch of `otgen.ops` is made; every one of these is a sweep."""
+    from otgen import ops
+
+    count: Counter[str] = Counter()
+
+    def counted(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            count[name] += 1
+            return launch(*arguments, **options)
+
+        return wrapped
+
+    for name in SWEEPS:
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return count

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from clouds import mean_cost, problem, uneven
+from clouds import LABEL_COST, mean_cost, normal, problem, uneven
 
 import otgen
 from otgen import ops
@@ -18,13 +17,7 @@ from otgen.solvers.conjugate import told
 from otgen.solvers.solution import Divergence
 
 RELAXED = [None, 0.5, (0.5, None), (0.3, 2.0)]
-LABEL_COST = torch.tensor([[0.0, 0.3, 0.5], [0.3, 0.0, 0.2], [0.5, 0.2, 0.1]], dtype=torch.float64)
-
 pytestmark = pytest.mark.usefixtures("streamed")
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def case(n, m, unbalanced=None, debias=False, labels=False):
@@ -285,25 +278,6 @@ def test_clouds_that_fall_into_pairs_and_single_points():
 
 
 # Cost
-
-
-@pytest.fixture
-def sweeps(monkeypatch):
-    """How often each launch of `otgen.ops` is made; every one of these is a sweep."""
-    count = Counter()
-
-    def counted(name):
-        launch = getattr(ops, name)
-
-        def wrapped(*arguments, **options):
-            count[name] += 1
-            return launch(*arguments, **options)
-
-        monkeypatch.setattr(ops, name, wrapped)
-
-    for name in ("sinkhorn_half_step", "sinkhorn_symmetric_step", "apply_plan", "plan_gradient", "hvp_matvec", "hvp_assemble"):
-        counted(name)
-    return count
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 45), (45, 60)])

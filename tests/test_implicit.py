@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from clouds import batch, problem
+from clouds import LABEL_COST, batch, normal, problem
 
 import otgen
-from otgen import ops
 from otgen.errors import ConvergenceWarning, Unsupported
 from otgen.solvers.conjugate import told
 from otgen.solvers.implicit import pullback
 
 RELAXED = [None, 0.5, (0.5, None), (0.3, 2.0)]
-LABEL_COST = torch.tensor([[0.0, 0.3, 0.5], [0.3, 0.0, 0.2], [0.5, 0.2, 0.1]], dtype=torch.float64)
-
 pytestmark = pytest.mark.usefixtures("streamed")
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def case(n=6, m=8, unbalanced=None, *, debias=False, labels=False, empty=False):
@@ -298,22 +289,6 @@ def test_checkpoints():
 
 
 # Cost
-
-
-@pytest.fixture
-def sweeps(monkeypatch):
-    count = Counter()
-
-    def counted(name, launch):
-        def wrapped(*arguments, **options):
-            count[name] += 1
-            return launch(*arguments, **options)
-
-        return wrapped
-
-    for name in ("sinkhorn_half_step", "sinkhorn_symmetric_step", "apply_plan", "plan_gradient", "hvp_matvec", "hvp_assemble"):
-        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    return count
 
 
 def test_one_system_answers_for_all_of_a_loss(sweeps):
