@@ -8,9 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click import Command
 from click.testing import CliRunner, Result
 from toy_family import TOY, install, put, variant
 
+from otgen.cli import otgen
 from otgen.cli.show import show
 from otgen.cli.why import why
 from otgen.errors import StoreError, UsageError
@@ -46,8 +48,8 @@ def tune(path: Path, gpu: str, **options: object) -> None:
         store.decide(problem, gpu)
 
 
-def run(command: object, *words: object) -> Result:
-    return CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+def run(command: Command, *words: object) -> Result:
+    return CliRunner().invoke(otgen, [str(command.name), *map(str, words)], catch_exceptions=False)
 
 
 def test_show_json_is_a_list_of_winners_with_the_promised_fields(path: Path) -> None:
