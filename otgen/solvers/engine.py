@@ -79,8 +79,7 @@ def solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, course
     Iterates of the smaller side are the ones to mix: there are fewer of them to be told apart.
     """
     if method == "anderson" and steps.clouds.y.shape[-2] < steps.clouds.x.shape[-2]:
-        turned = solved(method, steps.swapped, None if pair is None else pair[::-1], course, finer=finer)
-        return Solution(turned.steps.swapped, turned.outcome.swapped, turned.choice)
+        return solved(method, steps.swapped, None if pair is None else pair[::-1], course, finer=finer).swapped
     nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
     u, v = steps.scaled(*(pair or nothing))
     done = passes = np.zeros(steps.clouds.a[..., 0].numel(), dtype=int)

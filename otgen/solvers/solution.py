@@ -110,25 +110,28 @@ class Solution:
 
     def apply(self, values: Tensor, *, transposed: bool = False) -> Tensor:
         """P·values, or Pᵀ·values."""
-        cloud, u, v = self._sides(transposed)
-        return ops.apply_plan(cloud.x, cloud.y, u, v, cloud.a, cloud.b, values, **self._launch(transposed))
+        if transposed:
+            return self.swapped.apply(values)
+        c, found = self.clouds, self.outcome
+        return ops.apply_plan(c.x, c.y, found.u, found.v, c.a, c.b, values, **self.steps.launch)
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame."""
-        _, u, v = self._sides(transposed)
-        return barycentres(self.steps.swapped if transposed else self.steps, u, v)
+        side = self.swapped if transposed else self
+        return barycentres(side.steps, side.outcome.u, side.outcome.v)
 
     def potential_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the derivative of each f_i in x_i with all else held, or of g_j in y_j: 2λ·(x_i − T(x)_i), damped by λ."""
-        _, u, v = self._sides(transposed)
-        return potential_gradient(self.steps.swapped if transposed else self.steps, u, v)
+        side = self.swapped if transposed else self
+        return potential_gradient(side.steps, side.outcome.u, side.outcome.v)
 
     def gradient(self, *, transposed: bool = False) -> Tensor:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
-        cloud, u, v = self._sides(transposed)
-        marginal = self.outcome.c if transposed else self.outcome.r
-        whole = ops.plan_gradient(cloud.x, cloud.y, u, v, cloud.a, cloud.b, marginal, **self._launch(transposed))
-        return whole[..., : cloud.dimension]
+        if transposed:
+            return self.swapped.gradient()
+        c, found = self.clouds, self.outcome
+        whole = ops.plan_gradient(c.x, c.y, found.u, found.v, c.a, c.b, found.r, **self.steps.launch)
+        return whole[..., : c.dimension]
 
     def linear_cost(self) -> Tensor:
         """<P, C>, float64 (…,); one sweep."""
@@ -146,15 +149,6 @@ class Solution:
         """(n, m), all at once."""
         a, b = self.clouds.a[..., None], self.clouds.b[..., None, :]
         return torch.where((a > 0) & (b > 0), self.density().mul_(a).mul_(b), 0.0)
-
-    def _launch(self, transposed: bool) -> dict[str, Any]:
-        return (self.steps.swapped if transposed else self.steps).launch
-
-    def _sides(self, transposed: bool) -> tuple[Clouds, Tensor, Tensor]:
-        """The clouds and their scaled potentials, exchanged when transposed."""
-        if transposed:
-            return self.clouds.swapped, self.outcome.v, self.outcome.u
-        return self.clouds, self.outcome.u, self.outcome.v
 
 
 def weight_slope(steps: Steps, f: Tensor, b: Tensor) -> Tensor:
