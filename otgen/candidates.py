@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from random import Random
@@ -18,7 +18,7 @@ SCORED = 1500
 
 
 def legal_variants(problem: Problem, gpu: Gpu) -> list[Variant]:
-    """Every variant of the family's space that `fits` allows on `gpu`, in a fixed order."""
+    """Every plain variant of the family's space that `fits` allows on `gpu`, in a fixed order: `Refinements` go on from these."""
     fits = family(problem.family).fits
     return [variant for variant in _legal_when_large(replace(problem, n=LARGE, m=LARGE), gpu) if not fits(problem, variant, gpu)]
 
@@ -46,7 +46,7 @@ def _legal_mode(problem: Problem, mode: str, gpu: Gpu) -> bool:
 
 
 def _space(problem: Problem, mode: str) -> Iterator[Variant]:
-    axes = {**family(problem.family).axes(problem), "precision": (mode,)}
+    axes = {**family(problem.family).listed_axes(problem), "precision": (mode,)}
     return (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
 
 
@@ -54,9 +54,30 @@ def _space(problem: Problem, mode: str) -> Iterator[Variant]:
 def _legal_when_large(problem: Problem, gpu: Gpu) -> list[Variant]:
     """What is legal for large clouds holds all that is legal for smaller ones: a small size only ever forbids."""
     kind = family(problem.family)
-    axes = kind.axes(problem)
+    axes = kind.listed_axes(problem)
     variants = (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
     return [variant for variant in variants if not kind.fits(problem, variant, gpu)]
+
+
+@dataclass(frozen=True)
+class Refinements:
+    """The axes of a problem's family that are tried on top of what did well, on `gpu`."""
+
+    problem: Problem
+    gpu: Gpu
+
+    def plain(self, variant: Variant) -> Variant:
+        return family(self.problem.family).plain(variant)
+
+    def allow(self, variant: Variant) -> bool:
+        return not family(self.problem.family).fits(self.problem, variant, self.gpu)
+
+    def near(self, variant: Variant) -> list[Variant]:
+        """The legal variants that differ from `variant` in one refinement."""
+        kind = family(self.problem.family)
+        axes = {axis: values for axis, values in kind.axes(self.problem).items() if axis in kind.refinements}
+        others = (variant.with_(**{axis: value}) for axis, values in axes.items() for value in values if value != variant[axis])
+        return [other for other in others if self.allow(other)]
 
 
 def by_mode(variants: Iterable[Variant]) -> dict[str, list[Variant]]:

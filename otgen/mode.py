@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from otgen.attempt import Attempt
-from otgen.candidates import by_mode, first_variants, in_best_grid, legal_modes, legal_variants, score
+from otgen.candidates import Refinements, by_mode, first_variants, in_best_grid, legal_modes, legal_variants, score
 from otgen.families import family
 from otgen.gpus import GPUS
 from otgen.precision import MODES
@@ -88,4 +88,5 @@ class _Start:
         else:
             same_kernels = family(problem.family).same_kernels
             variants = [variant for variant in variants if same_kernels(variant) == variant]
-        return Study(variants, first, session.sampler, session.seed, score(problem, session.gpu))
+        refinements = Refinements(problem, session.gpu)
+        return Study(variants, first, session.sampler, session.seed, score(problem, session.gpu), refinements)

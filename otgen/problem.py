@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from otgen.errors import UsageError, unknown
@@ -191,6 +191,8 @@ class Family:
     budget     (problem, variant, inputs, expected) → output name → largest allowed |error|
     grid_axes  axes that change how many programs there are and not what they do: all values above one compile alike
     later_axes axes the family got after variants of it had been stored: one without them has the default's values
+    refinements  axes tried only on top of a variant that did well → their plain value, the default's: listing what is legal leaves
+               them at it, since each would multiply the list
     standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
     """
 
@@ -208,6 +210,7 @@ class Family:
     standard: Callable[[int, int, int], tuple[Mapping[str, Value], ...]]
     grid_axes: tuple[str, ...] = ()
     later_axes: tuple[str, ...] = ()
+    refinements: Mapping[str, Value] = field(default_factory=dict)
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:
         """A problem of this family with every flag checked; a flag left out takes its first value.
@@ -233,6 +236,14 @@ class Family:
     def same_kernels(self, variant: Variant) -> Variant:
         """What stands for all variants that compile to the kernels of this one: numbers of programs above two are two."""
         return variant.with_(**{axis: min(variant.int(axis), 2) for axis in self.grid_axes if axis in variant})
+
+    def plain(self, variant: Variant) -> Variant:
+        """`variant` without its refinements."""
+        return variant.with_(**{axis: value for axis, value in self.refinements.items() if axis in variant})
+
+    def listed_axes(self, problem: Problem) -> dict[str, tuple[Value, ...]]:
+        """The axes whose product is listed: all but the refinements, which have their plain value."""
+        return {axis: (self.refinements[axis],) if axis in self.refinements else v for axis, v in self.axes(problem).items()}
 
     def complete(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
         """`variant` with the default's values of those `later_axes` that it lacks."""

@@ -4,14 +4,17 @@ A study starts from the variants it is given, and goes on with hints. Then a nei
 sampler take turns: the one polishes what was found, the other looks elsewhere. A sampler proposes a point of the product of all
 axes, most of it illegal or seen before; the study takes the nearest legal unseen variant instead, so no trial is wasted. Failures
 are told as pruned, which samplers avoid.
+
+Refinements, axes whose product with the others would be too long a list, are steps away from the best like any other, and the best
+takes those it has along; samplers do not see them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,9 @@ import optuna
 
 from otgen.errors import unknown
 from otgen.problem import Value, Variant
+
+if TYPE_CHECKING:
+    from otgen.candidates import Refinements
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -41,6 +47,7 @@ class Study:
 
     first  variants asked for before any other: the default, neighbours' winners, the model's favourites
     score  orders the neighbours of the best variant, the lowest first; where it is infinite only the sampler may go
+    refinements  what may be tried on top of one of `variants`; None: nothing
     Raises UsageError for an unknown sampler.
     """
 
@@ -51,13 +58,16 @@ class Study:
         sampler: str = "tpe",
         seed: int = 0,
         score: Callable[[Variant], float] = lambda variant: 0.0,
+        refinements: Refinements | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
         self._variants = list(variants)
         self._first = list(first)
         self._score = score
-        self._best: tuple[float, int] | None = None
+        self._refinements = refinements
+        self._refined: set[Variant] = set()
+        self._best: tuple[float, Variant] | None = None
         self._polish = False
         self._index = {variant: number for number, variant in enumerate(self._variants)}
         self._axes: dict[str, list[Value]] = {
@@ -103,9 +113,8 @@ class Study:
     def tell(self, variant: Variant, us: float | None) -> None:
         """The time of `variant` in microseconds, or None when it failed. A variant that was never asked for is learnt from too."""
         self._take(variant)
-        number = self._index.get(variant)
-        if us is not None and number is not None and (self._best is None or us < self._best[0]):
-            self._best = us, number
+        if us is not None and self._plain(variant) in self._index and (self._best is None or us < self._best[0]):
+            self._best = us, variant
         state = optuna.trial.TrialState.PRUNED if us is None else optuna.trial.TrialState.COMPLETE
         value = None if us is None else float(np.log(us))
         asked = self._pending.pop(variant, None)
@@ -119,26 +128,45 @@ class Study:
     @property
     def best(self) -> tuple[float, Variant] | None:
         """The shortest time told so far, in microseconds, and its variant."""
-        return None if self._best is None else (self._best[0], self._variants[self._best[1]])
+        return self._best
+
+    def _plain(self, variant: Variant) -> Variant:
+        return variant if variant in self._index or self._refinements is None else self._refinements.plain(variant)
+
+    def _fresh(self, variant: Variant) -> bool:
+        """Whether `variant` is legal, and neither asked for nor told before."""
+        if variant in self._index:
+            return bool(self._unseen[self._index[variant]])
+        refined = self._refinements is not None and self._plain(variant) in self._index and self._refinements.allow(variant)
+        return refined and variant not in self._refined
 
     def _take(self, variant: Variant) -> bool:
-        number = self._index.get(variant)
-        if number is None or not self._unseen[number]:
-            return False
-        self._unseen[number] = False
-        return True
+        fresh = self._fresh(variant)
+        if variant in self._index:
+            self._unseen[self._index[variant]] = False
+        elif fresh:
+            self._refined.add(variant)
+        return fresh
 
     def _neighbour(self) -> Variant | None:
         """Of the unseen variants one step from the best, else two, the one of the lowest score."""
         if self._best is None:
             return None
-        distance = self._distance(self._codes[self._best[1]])
         for steps in (1, 2):
-            unseen = (self._variants[number] for number in np.flatnonzero((distance == steps) & self._unseen))
-            near = {variant: score for variant in unseen if (score := self._score(variant)) < inf}
+            fresh = (variant for variant in self._near(self._best[1], steps) if self._fresh(variant))
+            near = {variant: score for variant in fresh if (score := self._score(variant)) < inf}
             if near:
                 return min(near, key=lambda variant: near[variant])
         return None
+
+    def _near(self, best: Variant, steps: int) -> Iterator[Variant]:
+        """What lies so many steps from `best` along listed axes, with its refinements; and one refinement away."""
+        plain = self._plain(best)
+        own = {axis: value for axis, value in best.items() if plain[axis] != value}
+        for number in np.flatnonzero(self._distance(self._codes[self._index[plain]]) == steps):
+            yield self._variants[number].with_(**own) if own else self._variants[number]
+        if self._refinements is not None and steps == 1:
+            yield from self._refinements.near(best)
 
     def _nearest(self, proposal: Mapping[str, Any]) -> Variant:
         wanted = np.array([values.index(proposal[axis]) for axis, values in self._axes.items()], dtype=np.int32)

@@ -98,6 +98,48 @@ def test_hints_come_after_the_first_ones() -> None:
     assert study.ask([seen, LEGAL[21], hint]) == hint, "neither what was seen nor what is hopeless"
 
 
+class Polish:
+    """Two axes on top of LEGAL, the second of which wants the first."""
+
+    def plain(self, variant: Variant) -> Variant:
+        return variant.with_(hint=0, order="any")
+
+    def allow(self, variant: Variant) -> bool:
+        return variant["order"] == "any" or variant["hint"] == 1
+
+    def near(self, variant: Variant) -> list[Variant]:
+        others = [variant.with_(hint=1 - variant.int("hint")), variant.with_(order="fixed"), variant.with_(order="any")]
+        return [other for other in others if other != variant and self.allow(other)]
+
+
+def test_refinements_are_steps_from_the_best_and_go_along_with_it() -> None:
+    plain = [variant.with_(hint=0, order="any") for variant in LEGAL]
+
+    def cost(variant: Variant) -> float:
+        return us(variant) - variant.int("hint") - (variant["order"] == "fixed")
+
+    study = Study(plain, [], seed=1, score=cost, refinements=Polish())  # type: ignore[arg-type]
+    asked: list[Variant] = []
+    for _ in range(60):
+        variant = study.ask()
+        assert variant is not None
+        assert variant not in asked
+        assert Polish().allow(variant)
+        asked.append(variant)
+        study.tell(variant, cost(variant))
+    bottom = Variant(BLOCK_M=128, BLOCK_N=32, num_warps=4, stabiliser="shifted", hint=1, order="fixed")
+    assert study.best == (8.0, bottom)
+    assert asked.index(bottom) < 50 < len(LEGAL)
+
+
+def test_a_refined_variant_that_is_told_or_hinted_counts_once() -> None:
+    refined = LEGAL[5].with_(hint=1, order="any")
+    study = Study([v.with_(hint=0, order="any") for v in LEGAL], [refined], refinements=Polish())  # type: ignore[arg-type]
+    illegal = LEGAL[5].with_(hint=0, order="fixed")
+    assert study.ask([illegal]) == refined
+    assert study.ask([illegal, refined]) not in (illegal, refined)
+
+
 def test_tpe_finds_the_bottom_sooner_than_chance() -> None:
     """Median rank of the best of 30 trials over ten seeds: the sampler must learn from what it is told, failures included."""
 

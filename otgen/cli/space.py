@@ -26,7 +26,8 @@ from otgen.gpus import gpu
 def space(family: str, words: tuple[str, ...], shape: str, slug: str, dtype: str, as_json: bool) -> None:
     """Print the axes of FAMILY, the size of their product, its legal fraction on a GPU, and why the rest is not.
 
-    The first reason a variant is refused for counts. What axes mean: docs/variants.md.
+    The first reason a variant is refused for counts. Refinements, axes that are tried only on top of a variant that did well, are
+    not multiplied in: they have their plain value. What axes mean: docs/variants.md.
     """
     from otgen import families
     from otgen.problem import Variant
@@ -35,15 +36,16 @@ def space(family: str, words: tuple[str, ...], shape: str, slug: str, dtype: str
     if axes:
         raise unknown(f"flag of {family}", next(iter(axes)), families.family(family).flags)
     kind, target = families.family(family), gpu(slug)
-    values = kind.axes(problem)
-    reasons = Counter(kind.fits(problem, Variant(dict(zip(values, chosen))), target) for chosen in product(*values.values()))
-    legal, size = reasons.pop("", 0), prod(map(len, values.values()))
+    values, listed = kind.axes(problem), kind.listed_axes(problem)
+    reasons = Counter(kind.fits(problem, Variant(dict(zip(listed, chosen))), target) for chosen in product(*listed.values()))
+    legal, size = reasons.pop("", 0), prod(map(len, listed.values()))
     default = kind.default(problem)
     if as_json:
         facts = {
             "problem": str(problem),
             "gpu": target.slug,
             "axes": values,
+            "refinements": list(kind.refinements),
             "default": dict(default),
             "size": size,
             "legal": legal,
@@ -53,8 +55,8 @@ def space(family: str, words: tuple[str, ...], shape: str, slug: str, dtype: str
     click.echo(f"{problem} on {target.slug}")
     width = max(map(len, values))
     for axis, allowed in values.items():
-        listed = " ".join(f"[{value}]" if value == default[axis] else str(value) for value in allowed)
-        click.echo(f"  {axis:{width}}  {listed}")
+        choices = " ".join(f"[{value}]" if value == default[axis] else str(value) for value in allowed)
+        click.echo(f"  {axis:{width}}  {choices}{'  (refinement)' * (axis in kind.refinements)}")
     click.echo(f"{size:,} variants, {legal:,} legal ({legal / size:.1%}); the default is in brackets. Refused:")
     for reason, count in reasons.most_common():
         click.echo(f"  {count:>{len(f'{size:,}')},}  {reason}")
