@@ -147,6 +147,14 @@ def _launches(problem: Problem, variant: Variant, target: Gpu, kernels: Sequence
     ]
 
 
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost error: those around it say only where it passed through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:200]
+
+
 def _build(problem: Problem, variant: Variant, target: Gpu) -> list[Launch]:
     """The launches of a variant, compiled. Raises CompileError (see `compile_variant`)."""
     from otgen.render import load
@@ -154,8 +162,7 @@ def _build(problem: Problem, variant: Variant, target: Gpu) -> list[Launch]:
     try:
         builds = launches_of(load(problem, variant), problem, target)
     except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CompileError(f"{type(error).__name__}: {first[-1][:200]}") from None
+        raise CompileError(f"{type(error).__name__}: {_reason(error)}") from None
     for name, _, compiled in builds:
         if compiled.metadata.shared > target.shared_per_block:
             raise CompileError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from otgen.errors import CompileError
 from otgen.families import family
-from otgen.families.tiles import across_warps
+from otgen.families.tiles import across_warps, exp2_by_fma
 from otgen.gpus import Gpu
 from otgen.isa import Mix
 from otgen.model import predict
@@ -57,11 +57,12 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
     spilled = max(0, needed - gpu.registers_per_thread)
     running = features["running"]
     sums = 1.25 + 1.1 * tile.both_sums if tile.bias_depth else 2.0 + running + 2.0 * tile.both_sums
+    polynomials = pairs * exp2_by_fma(variant) / 4
     mix = Mix(
-        slots=slots + 2 * spilled,
-        mufu=pairs,
-        fp32=pairs * (sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)),
-        alu=pairs * (0.4 + 1.5 * running),
+        slots=slots + 2 * spilled + 10 * polynomials,
+        mufu=pairs - polynomials,
+        fp32=pairs * (sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)) + 8 * polynomials,
+        alu=pairs * (0.4 + 1.5 * running) + 3 * polynomials,
         shared=shared,
         shuffle=pairs * _shuffles(tile, features),
         spills=2.0 * spilled,

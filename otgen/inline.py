@@ -6,10 +6,14 @@ A template imports the shared functions like any module, which keeps it a valid 
 from __future__ import annotations
 
 import ast
+import re
 from functools import lru_cache
 from pathlib import Path
 
 BLOCKS = Path(__file__).with_name("blocks.py")
+
+
+_IMPORT = re.compile(r"^from otgen\.blocks import .*\n+", re.MULTILINE)
 
 
 def inlined(text: str) -> str:
@@ -17,8 +21,9 @@ def inlined(text: str) -> str:
 
     Their constants follow its own. Raises ValueError when `text` has no such line, or no kernel.
     """
-    head, _, rest = text.partition("from otgen.blocks import ")
-    body = head + rest[rest.index("\n") + 2 :]
+    body = _IMPORT.sub("", text)
+    if body == text:
+        raise ValueError("expected a line that imports from otgen.blocks; found none")
     constants, functions = _needed(_names(ast.parse(body)))
     first = body.index("@triton.jit\n")
     return body[:first].rstrip() + "\n" + "\n\n\n".join(["\n".join(constants), *functions, body[first:]])

@@ -1,7 +1,8 @@
 """What the compiler made of a kernel: the instructions of its pair loop, counted per execution unit.
 
 Reads the text of nvdisasm or ``cuobjdump -sass`` (NVIDIA) or of LLVM's amdgcn assembler (AMD), rebuilds the control flow, finds the
-natural loops, and keeps those that visit pairs: the innermost ones that hold an exp2 per pair. Loops inside them that the compiler
+natural loops, and keeps those that visit pairs: the innermost ones that hold an exp2 per pair, be it one instruction or the
+polynomial of `otgen.blocks.exp2_by_fma`. Loops inside them that the compiler
 left rolled (over the coordinates, over width blocks) are multiplied by the trip counts the caller knows.
 
 Of several pair loops, those with a running maximum are dropped when one without exists: they are the redo of a shifted kernel,
@@ -97,7 +98,7 @@ def hot_loops(text: str, *, pairs_per_lane: float, inner_trips: Sequence[int] = 
         inner = [other for other in loops if other < body]
         if 2 * count < expected or any(_exponentials(code, other) for other in inner):
             continue
-        running = 4 * sum(bool(_MAXIMUM.match(code[index].opcode)) for index in body) >= expected
+        running = 4 * _maxima(code, body) >= expected
         unroll = max(1, int(count / expected / (2 if running else 1) + 0.1))
         found.append(_mix(code, body, _repeats(code, inner, inner_trips), unroll))
     if not found:
@@ -220,7 +221,18 @@ def _dominators(graph: list[list[int]], predecessors: list[list[int]]) -> dict[i
 
 
 def _exponentials(code: list[Instruction], body: frozenset[int]) -> int:
-    return sum(code[index].opcode.startswith(("MUFU.EX2", "v_exp_f32")) for index in body)
+    """exp2 of both kinds. A polynomial has one addition that rounds to an integer."""
+    return sum(code[index].opcode.startswith(("MUFU.EX2", "v_exp_f32")) or _is_rounding(code[index]) for index in body)
+
+
+def _is_rounding(instruction: Instruction) -> bool:
+    return bool(_ADDITION.match(instruction.opcode) and _ROUNDING.search(instruction.operands))
+
+
+def _maxima(code: list[Instruction], body: frozenset[int]) -> int:
+    """Comparisons of floats; none in a loop of polynomials, whose ranges they are: a running maximum has no polynomials."""
+    polynomials = any(_is_rounding(code[index]) for index in body)
+    return 0 if polynomials else sum(bool(_MAXIMUM.match(code[index].opcode)) for index in body)
 
 
 def _repeats(code: list[Instruction], inner: list[frozenset[int]], trips: Sequence[int]) -> list[tuple[frozenset[int], int]]:
@@ -248,12 +260,15 @@ def _mix(code: list[Instruction], body: frozenset[int], repeats: list[tuple[froz
             counts[unit] += weight * work
         if opcode[0].isupper() or opcode.startswith("v_"):
             counts["slots"] += weight * (not opcode.startswith(("NOP", "v_nop")))
-        if _MAXIMUM.match(opcode):
-            counts["maxima"] += weight
+    counts["maxima"] = _maxima(code, body) / unroll
     return Mix(**counts, unroll=unroll)
 
 
 _MAXIMUM = re.compile(r"FMNMX|v_(pk_)?(max|min)3?_f32|v_maximum3?_f32")
+
+_ADDITION = re.compile(r"FADD|v_(pk_)?(add|sub|subrev)_f32")
+_ROUNDING = re.compile(r"(?<![-\d])(12582912|0x4b400000)\b")
+"""1.5·2²³, which is added to round and subtracted to get what was rounded: `blocks.ROUNDING`."""
 
 _UNITS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (unit, re.compile(pattern))

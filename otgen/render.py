@@ -80,6 +80,8 @@ def file_name(problem: Problem, variant: Variant, text: str) -> str:
     words += [str(variant[axis]) for axis in ("fusion", "bias", "stabiliser", "precision") if axis in variant]
     short = {"BLOCK_M": "m", "BLOCK_N": "n", "BLOCK_K": "k", "BLOCK_W": "v", "SPLITS": "p", "num_warps": "w", "num_stages": "s"}
     words += [f"{letter}{variant[axis]}" for axis, letter in short.items() if axis in variant]
+    plain = family(problem.family).plain(variant)
+    words += [f"{axis}_{value}" for axis, value in variant.items() if value != plain[axis]]
     return "_".join([problem.family, *words, body_digest(text)]) + ".py"
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from otgen.blocks import BIAS_DEPTH, LOWEST, column_biases, load_points, not_finite, out_of_range, row_biases, sums_in_parts
+from otgen.blocks import (
+    BIAS_DEPTH,
+    LARGEST_SUM,
+    LOWEST,
+    column_biases,
+    exp2,
+    exp2_of_four,
+    load_points,
+    not_finite,
+    out_of_range,
+    row_biases,
+    sums_in_parts,
+)
 
 
 @triton.jit
@@ -118,3 +131,77 @@ def test_parts_hold_every_row_once(parts: int) -> None:
     tile, out = torch.rand(64, 4), torch.empty(parts, 4)
     _parts[(1,)](tile, out, ROWS=64, COLUMNS=4, PARTS=parts)
     torch.testing.assert_close(out, tile.view(64 // parts, parts, 4).sum(0))
+
+
+@triton.jit
+def _powers(s, out, COLUMNS: tl.constexpr, BY_FMA: tl.constexpr):
+    places = tl.arange(0, 4)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + places, exp2(tl.load(s + places), BY_FMA))
+
+
+SPECIAL = {-torch.inf: 0.0, -200.0: 0.0, -151.0: 0.0, 0.0: 1.0, 1.0: 2.0, 127.0: 2.0**127, 128.0: torch.inf, 1e30: torch.inf}
+"""Scores whose power is exact, on either unit."""
+
+
+@pytest.mark.parametrize("by_fma", [0, 1, 2, 4])
+def test_powers_of_two_on_both_units(by_fma: int) -> None:
+    """As accurate as the special-function unit; and what overflows stays infinite, so that a shift out of range is seen."""
+    s = torch.cat([torch.linspace(-126, 128, 4096 - 16)[:-1], torch.tensor([1e-30]), torch.tensor([*SPECIAL, *SPECIAL])])
+    out = torch.full_like(s, torch.nan)
+    _powers[(1,)](s, out, COLUMNS=1024, BY_FMA=by_fma)
+    exact = torch.exp2(s.double())
+    assert ((out[:-16] / exact[:-16] - 1).abs() < 1.8e-7).all()
+    torch.testing.assert_close(out[-16:], torch.tensor(2 * [*SPECIAL.values()]), rtol=1.8e-7, atol=0.0)
+    _powers[(1,)](torch.full((32,), torch.nan), out, COLUMNS=8, BY_FMA=by_fma)
+    assert not (out[:32] <= LARGEST_SUM.value).any()
+
+
+def _ptx(code: str, scores: list[np.float32]) -> list[np.float32]:
+    """What straight-line PTX of `exp2_of_four` writes to $0 … $3, from $4 … $7. A product and sum of fp32 fit in float64."""
+    values: dict[str, np.float32] = {f"${4 + i}": score for i, score in enumerate(scores)}
+
+    def read(name: str) -> np.float32:
+        return np.uint32(int(name[2:], 16)).view(np.float32) if name.startswith("0f") else values[name]
+
+    for line in code.strip("{} ").split(";"):
+        opcode, _, operands = line.strip().partition(" ")
+        if not opcode or opcode.startswith(".reg"):
+            continue
+        out, *names = operands.replace(" ", "").split(",")
+        if opcode == "shl.b32":
+            values[out] = (values[names[0]].view(np.uint32) << np.uint32(int(names[1]))).view(np.float32)
+            continue
+        given = [read(name) for name in names]
+        match opcode.split(".")[0], given:
+            case "ex2", [x]:
+                values[out] = np.float32(np.exp2(np.float64(x)))
+            case "mov", [x]:
+                values[out] = x
+            case "min", [x, y]:
+                values[out] = np.fmin(x, y)
+            case "max", [x, y]:
+                values[out] = np.fmax(x, y)
+            case "sub", [x, y]:
+                values[out] = x - y
+            case "fma", [x, y, z]:
+                values[out] = np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+            case "add", [x, y] if opcode == "add.s32":
+                values[out] = (x.view(np.uint32) + y.view(np.uint32)).view(np.float32)
+            case "add", [x, y]:
+                values[out] = x + y
+            case _:
+                raise AssertionError(line)
+    return [values[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("by_fma", [1, 2])
+def test_the_assembly_of_a_mixture_computes_the_same_powers(by_fma: int) -> None:
+    code = exp2_of_four(by_fma)
+    assert code.count("ex2.approx") == 4 - by_fma
+    for score in np.linspace(-126, 127.9, 500, dtype=np.float32):
+        found = _ptx(code, [score] * 4)
+        assert np.allclose(found, np.exp2(np.float64(score)), rtol=1.8e-7, atol=0.0)
+    for score, power in SPECIAL.items():
+        assert _ptx(code, [np.float32(score)] * 4) == [np.float32(power)] * 4
+    assert not (_ptx(code, [np.float32(np.nan)] * 4)[0] <= LARGEST_SUM.value)

@@ -11,6 +11,7 @@ import pytest
 from kinds import every, standard
 from triton.runtime.interpreter import InterpretedFunction
 
+from otgen.candidates import Refinements
 from otgen.errors import UsageError
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS
@@ -32,20 +33,22 @@ BATCHES = [
 
 def legal(problem: Problem, gpu: str = "a100") -> list[Variant]:
     kind = family(problem.family)
-    axes = kind.axes(problem)
+    axes = kind.listed_axes(problem)
     variants = (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
     return [variant for variant in variants if not kind.fits(problem, variant, GPUS[gpu])]
 
 
 def spread(problem: Problem, count: int) -> list[Variant]:
-    """`count` legal variants in which every combination of structural axes turns up before a tile repeats one."""
+    """`count` legal variants: every combination of structural axes turns up before a tile repeats one, refined at random."""
     groups: dict[tuple[object, ...], list[Variant]] = {}
     for variant in legal(problem):
         resident = variant.int("BLOCK_K") >= problem.d
         groups.setdefault((variant.get("fusion"), variant.get("bias"), variant["stabiliser"], resident), []).append(variant)
     chooser = random.Random(str(problem))
     order = [chooser.choice(group) for _, group in sorted(groups.items(), key=str)]
-    return [*order, *(chooser.choice(legal(problem)) for _ in range(count - len(order)))][: max(count, len(order))]
+    order += [chooser.choice(legal(problem)) for _ in range(count - len(order))]
+    refinements = Refinements(problem, GPUS["a100"])
+    return [chooser.choice([variant, *refinements.near(variant)]) for variant in order]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS + BATCHES, ids=str)
@@ -90,7 +93,7 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
     reasons = set()
     for problem in [*PROBLEMS, *(replace(p, dtype="bf16") for p in PROBLEMS[:2])]:
         kind = family(problem.family)
-        axes = kind.axes(problem)
+        axes = kind.listed_axes(problem)
         variants = [Variant(dict(zip(axes, values))) for values in product(*axes.values())]
         for gpu in ("l4", "mi300x"):
             reasons |= {kind.fits(problem, variant, GPUS[gpu]) for variant in random.Random(0).sample(variants, 2000)}

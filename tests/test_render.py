@@ -37,6 +37,7 @@ CASES = {
     "sinkhorn_own": case("sinkhorn", {"fusion": "half_step", "SPLITS": 1}, schedule="own"),
     "sinkhorn_half_sweep": case("sinkhorn", {"fusion": "half_sweep", "SPLITS": 4}, schedule="own"),
     "sinkhorn_alternating_mma": case("sinkhorn", {"fusion": "half_step", "bias": "mma"}, schedule="alternating"),
+    "sinkhorn_alternating_exp2_by_fma": case("sinkhorn", {"fusion": "half_step", "exp2_by_fma": 1}, schedule="alternating"),
     "sinkhorn_one_sweep_wgmma": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4, "bias": "wgmma"}, schedule="symmetric"),
     "sinkhorn_batch": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating", batch=64),
     "transport_vector": case("transport", {}, output="vector"),

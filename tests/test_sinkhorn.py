@@ -133,6 +133,21 @@ def test_biases_from_the_product_at_awkward_shapes(bias: str, shape: tuple[int, 
             assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
 
 
+@pytest.mark.parametrize("bias", [*IN_PRODUCT, "added"])
+@pytest.mark.parametrize("by_fma", [1, 2, 4])
+def test_exponentials_on_multiply_add_units_change_no_sum(bias: str, by_fma: int) -> None:
+    """Nor what is redone: a shift far too low or too high is seen as on the other unit."""
+    axes = {"stabiliser": "shifted", **IN_PRODUCT.get(bias, {})}
+    for problem, fusion in ((ALTERNATING, "half_step"), (SYMMETRIC, "one_sweep"), (OWN, "half_sweep")):
+        for offset in (0.0, -3000.0, -130.0, 130.0, 3000.0):
+            given = sinkhorn.inputs(problem, 3)
+            if problem != OWN:
+                given["u"][::7] += offset
+            plain, mixed = (run(problem, given, fusion=fusion, exp2_by_fma=k, **axes) for k in (0, by_fma))
+            for name, value in plain.items():
+                torch.testing.assert_close(mixed[name], value, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", IN_PRODUCT)
 @pytest.mark.parametrize("value", [-torch.inf, -3e38, 900.0, torch.inf])
 def test_a_weightless_column_of_any_potential_counts_for_nothing_in_a_product(bias: str, value: float) -> None:

@@ -32,7 +32,7 @@ SWEPT = ("one_sweep", "half_sweep")
 
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
-    shared = {**tiles.tile_axes(problem), "bias": ("added", "mma", "wgmma")}
+    shared = {**tiles.tile_axes(problem), "bias": ("added", "mma", "wgmma"), "exp2_by_fma": (0, 1, 2, 4)}
     if problem.flag("schedule") == "alternating":
         return {**shared, "fusion": ("half_step",)}
     fusion = ("half_step", "half_sweep") if problem.own else ("two_launches", "one_launch", "one_sweep")
@@ -48,12 +48,12 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return "only a sweep whose sums are added up by atomics can share its rows among programs"
     if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > problem.m:
         return "a program would have no columns"
-    return tiles.tile_misfit(problem, variant, gpu) or tiles.bias_misfit(problem, variant, gpu)
+    return tiles.tile_misfit(problem, variant, gpu) or tiles.bias_misfit(problem, variant, gpu) or tiles.exp2_misfit(variant, gpu)
 
 
 def default(problem: Problem) -> Variant:
-    own = ("bias", "fusion", "SPLITS") if problem.flag("schedule") != "alternating" else ("bias", "fusion")
-    return Variant(tiles.default_tile(problem), **{axis: axes(problem)[axis][0] for axis in own})
+    tile = tiles.default_tile(problem)
+    return Variant(tile, **{axis: values[0] for axis, values in axes(problem).items() if axis not in tile})
 
 
 @batches.arguments
@@ -170,5 +170,6 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("SPLITS",),
-    later_axes=("bias",),
+    later_axes=("bias", "exp2_by_fma"),
+    refinements={"exp2_by_fma": 0},
 )

@@ -142,6 +142,21 @@ def bias_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     return ""
 
 
+def exp2_by_fma(variant: Variant) -> int:
+    """Of every four exponentials, those that multiply-add units compute."""
+    return variant.int("exp2_by_fma") if "exp2_by_fma" in variant else 0
+
+
+def exp2_misfit(variant: Variant, gpu: Gpu) -> str:
+    """Why so many of a tile's exponentials cannot be computed by multiply-add units, or ""."""
+    by_fma = exp2_by_fma(variant)
+    if by_fma and variant["stabiliser"] != "shifted":
+        return "a running maximum's own instructions already outweigh its exponentials"
+    if by_fma % 4 and gpu.backend != "cuda":
+        return "which of four exponentials go where is said in PTX"
+    return ""
+
+
 def sweep(n: int, m: int, variant: Variant, width: int = 0, batch: int = 1) -> Sweep:
     """A launch in which blocks of n rows (times blocks of `width` output columns) each stream all m columns, of each problem."""
     blocks = (ceil(width / variant.int("BLOCK_W")) if width else 1) * batch
