@@ -24,6 +24,14 @@ UPPER_HALF = tl.constexpr(-(1 << 16))
 
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 MANTISSA_BITS = tl.constexpr(23)
+LEAST_POWER = tl.constexpr(-127.0)
+MOST_POWER = tl.constexpr(128.0)
+EXP2_1 = tl.constexpr(0.693147)
+EXP2_2 = tl.constexpr(0.24022242)
+EXP2_3 = tl.constexpr(0.05550734)
+EXP2_4 = tl.constexpr(0.009671511)
+EXP2_5 = tl.constexpr(0.0013264653)
+PACK = tl.constexpr(4)
 
 
 @triton.jit
@@ -106,20 +114,21 @@ def exp2_by_fma(s):
     Relative error 1.7e-7, of which 9e-8 are the minimax quintic's; exactly 0 below -127 and inf from 128 on; inf of NaN. Adding
     1.5·2²³ rounds to the nearest integer and leaves it in the lowest bits.
     """
-    s = tl.maximum(tl.minimum(s, 128.0), -127.0)
+    s = tl.maximum(tl.minimum(s, MOST_POWER), LEAST_POWER)
     rounded = s + ROUNDING
     f = s - (rounded - ROUNDING)
-    p = 0.0013264653 * f + 0.009671511
-    p = p * f + 0.05550734
-    p = p * f + 0.24022242
-    p = p * f + 0.693147
+    p = EXP2_5 * f + EXP2_4
+    p = p * f + EXP2_3
+    p = p * f + EXP2_2
+    p = p * f + EXP2_1
     p = p * f + 1.0
     return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << MANTISSA_BITS)).to(tl.float32, bitcast=True)
 
 
 @triton.constexpr_function
 def exp2_of_four(by_fma):
-    """PTX of 2^s for four scores a thread holds: `by_fma` of them as in `exp2_by_fma`, the others on the special-function unit."""
+    """PTX of 2^s for PACK scores a thread holds: `by_fma` of them as in `exp2_by_fma`, the others on the special-function unit."""
+    pack = PACK.value
     unit = "ex2.approx.ftz.f32 $%d, $%d;"
     polynomial = """
         min.f32 s, $%d, 0f43000000;
@@ -138,22 +147,22 @@ def exp2_of_four(by_fma):
         add.s32 i, i, j;
         mov.b32 $%d, i;
     """
-    lines = [polynomial % (4 + i, i) if i < by_fma else unit % (i, 4 + i) for i in range(4)]
+    lines = [polynomial % (pack + i, i) if i < by_fma else unit % (i, pack + i) for i in range(pack)]
     return "{ .reg .f32 s, r, f, p; .reg .b32 i, j;" + "".join(lines) + "}"
 
 
 @triton.jit
 def exp2(s, BY_FMA: tl.constexpr):
-    """2^s of a tile, BY_FMA of every four on the multiply-add units and the rest on the special-function unit."""
+    """2^s of a tile, BY_FMA of every PACK on the multiply-add units and the rest on the special-function unit."""
     if BY_FMA == 0:
         return tl.exp2(s)
-    elif BY_FMA == 4:
+    elif BY_FMA == PACK:
         return exp2_by_fma(s)
     elif INTERPRETED:
-        return tl.where((tl.arange(0, s.shape[1]) % 4 < BY_FMA)[None, :], exp2_by_fma(s), tl.exp2(s))
+        return tl.where((tl.arange(0, s.shape[1]) % PACK < BY_FMA)[None, :], exp2_by_fma(s), tl.exp2(s))
     else:
         code: tl.constexpr = exp2_of_four(BY_FMA)
-        return tl.inline_asm_elementwise(code, "=f,=f,=f,=f,f,f,f,f", [s], dtype=tl.float32, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(code, "=f,=f,=f,=f,f,f,f,f", [s], dtype=tl.float32, is_pure=True, pack=PACK)
 
 
 @triton.jit
