@@ -9,6 +9,7 @@ from itertools import product
 from random import Random
 
 from otgen.families import family
+from otgen.families.tiles import TILE_AXES, tile_misfit
 from otgen.gpus import Gpu
 from otgen.guess import estimate
 from otgen.problem import Problem, Variant
@@ -31,7 +32,7 @@ def legal_modes(problem: Problem, gpu: Gpu) -> list[str]:
     def legal(mode: str) -> bool:
         if not kind.fits(problem, default.with_(precision=mode), gpu):
             return True
-        return _legal_mode(large, mode, gpu) and any(not kind.fits(problem, variant, gpu) for variant in _space(problem, mode))
+        return _legal_mode(large, mode, gpu) and any(not reason for reason, _, _ in refusals(problem, gpu, [mode]))
 
     return [mode for mode in map(str, kind.axes(problem)["precision"]) if legal(mode)]
 
@@ -41,22 +42,37 @@ LARGE = 1 << 30
 
 @lru_cache(maxsize=1024)
 def _legal_mode(problem: Problem, mode: str, gpu: Gpu) -> bool:
-    fits = family(problem.family).fits
-    return any(not fits(problem, variant, gpu) for variant in _space(problem, mode))
+    return any(not reason for reason, _, _ in refusals(problem, gpu, [mode]))
 
 
-def _space(problem: Problem, mode: str) -> Iterator[Variant]:
-    axes = {**family(problem.family).listed_axes(problem), "precision": (mode,)}
-    return (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
+def refusals(problem: Problem, gpu: Gpu, modes: Iterable[str] = ()) -> Iterator[tuple[str, int, Variant]]:
+    """The plain variants of the space, why each is refused ("": it is legal), and how many it stands for: those of a tile that
+    cannot work are one.
+
+    modes  precision modes to go through; none: all
+    """
+    kind = family(problem.family)
+    axes = kind.listed_axes(problem)
+    axes["precision"] = tuple(modes) or axes["precision"]
+    outer = [axis for axis in TILE_AXES if axis in axes]
+    inner = [axis for axis in axes if axis not in outer]
+    structures = [dict(zip(inner, values)) for values in product(*(axes[axis] for axis in inner))]
+    for values in product(*(axes[axis] for axis in outer)):
+        tile = dict(zip(outer, values))
+        first = Variant(tile, **structures[0])
+        misfit = tile_misfit(problem, first, gpu)
+        if misfit:
+            yield misfit, len(structures), first
+        else:
+            for structure in structures:
+                variant = Variant(tile, **structure)
+                yield kind.fits(problem, variant, gpu), 1, variant
 
 
 @lru_cache(maxsize=32)
 def _legal_when_large(problem: Problem, gpu: Gpu) -> list[Variant]:
     """What is legal for large clouds holds all that is legal for smaller ones: a small size only ever forbids."""
-    kind = family(problem.family)
-    axes = kind.listed_axes(problem)
-    variants = (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
-    return [variant for variant in variants if not kind.fits(problem, variant, gpu)]
+    return [variant for reason, _, variant in refusals(problem, gpu) if not reason]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
     needed = ceil(_weighted("registers", kind, features))
     spilled = max(0, needed - gpu.registers_per_thread)
     running = features["running"]
-    sums = 1.25 + 1.1 * tile.both_sums if tile.bias_depth else 2.0 + running + 2.0 * tile.both_sums
+    sums = 1.25 + 1.1 * tile.both_sums if tile.by_columns else 2.0 + running + 2.0 * tile.both_sums
     polynomials = pairs * exp2_by_fma(variant) / 4
     mix = Mix(
         slots=slots + 2 * spilled + 10 * polynomials,
@@ -72,7 +72,7 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
 
 def _shuffles(tile: Tile, features: Mapping[str, float]) -> float:
     """Warp shuffles per pair: sums cross lanes, 8 along a column of the tile, 4 along a row."""
-    if tile.bias_depth:
+    if tile.by_columns:
         return 8.0 * features["both sums over columns"]
     return 8.0 * (1 + features["running"]) * features["one over columns"] + 24.0 * features["both sums over rows"]
 
@@ -80,8 +80,8 @@ def _shuffles(tile: Tile, features: Mapping[str, float]) -> float:
 def kernel_kind(tile: Tile, variant: Variant, gpu: Gpu) -> str:
     if tile.unit(gpu) == "fma":
         return "fma"
-    kind = "async" if across_warps(gpu, tile.n if tile.bias_depth else tile.m, variant.int("num_warps")) else "mma"
-    return f"{kind} by columns" if tile.bias_depth else kind
+    kind = "async" if across_warps(gpu, tile.n if tile.by_columns else tile.m, variant.int("num_warps")) else "mma"
+    return f"{kind} by columns" if tile.by_columns else kind
 
 
 def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
@@ -91,13 +91,16 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
     pairs = tile.m * tile.n / lanes
     rows = max(16.0, tile.m / warps)
     columns = max(8.0, tile.m * tile.n / warps / rows)
-    if tile.bias_depth:
+    if tile.by_columns:
         rows = float(tile.n if variant["bias"] == "mma" else tile.n // warps)
         columns = tile.m * tile.n / warps / rows
     running = float(variant["stabiliser"] == "running")
     itemsize = 4 if tile.unit(gpu) in ("tf32", "fp32", "fma") else 2
-    split = MODES[tile.precision].products > 1
-    streamed, values = tile.n * tile.k / lanes, 0.0 if tile.shares_values else tile.n * tile.w / lanes
+    split = MODES[tile.precision].products > 1 and not tile.packed_width
+    streamed, values = (
+        tile.n * (tile.point if tile.packed_width else tile.k) / lanes,
+        0.0 if tile.shares_values else tile.n * tile.w / lanes,
+    )
     return {
         "one": 1.0,
         "running": running,
@@ -109,7 +112,7 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
         "depth over rows": tile.depth * itemsize / rows / 4,
         "depth over columns": tile.depth * itemsize / columns / 4,
         "split over rows": split * tile.depth / rows,
-        "loads": tile.n * tile.d / lanes / pairs,
+        "loads": tile.n * tile.point / lanes / pairs,
         "row loads": (not tile.resident) * tile.m * tile.d / lanes / pairs,
         "value loads": values / pairs,
         "one over columns": 1.0 / columns,
@@ -187,6 +190,9 @@ def _coefficients() -> dict[str, dict[str, dict[str, float]]]:
 
 def _shared_bytes(tile: Tile, variant: Variant) -> int:
     """Shared memory of the pipelined operands, the resident row block and the scratch of reductions."""
+    if tile.packed_width:
+        buffers = max(1, variant.int("num_stages") - 1)
+        return (tile.m + tile.n * buffers) * tile.packed_width * BYTES["fp16"] + 4 * variant.int("num_warps") * tile.m
     streamed = tile.n * tile.k if tile.resident else (tile.m + tile.n) * tile.k
     values = 0 if tile.shares_values else tile.n * tile.w
     buffers = max(1, variant.int("num_stages") - 1)

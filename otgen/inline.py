@@ -1,4 +1,4 @@
-"""Writes what a module uses of `otgen.blocks` into it, so that it needs nothing of otgen to run.
+"""Writes what a module uses of otgen's shared Triton functions into it, so that it needs nothing of otgen to run.
 
 A template imports the shared functions like any module, which keeps it a valid one; its render holds their source instead.
 """
@@ -10,14 +10,15 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-BLOCKS = Path(__file__).with_name("blocks.py")
+SHARED = tuple(Path(__file__).with_name(name) for name in ("blocks.py", "packing.py"))
+"""The modules that shared functions are in; one may use those before it."""
 
 
-_IMPORT = re.compile(r"^from otgen\.blocks import .*\n+", re.MULTILINE)
+_IMPORT = re.compile(r"^from otgen\.(blocks|packing) import .*\n+", re.MULTILINE)
 
 
 def inlined(text: str) -> str:
-    """`text` without its ``from otgen.blocks import …``: the functions it calls, and theirs, stand ahead of its first kernel.
+    """`text` without what it imports of `SHARED`: the functions it calls, and theirs, stand ahead of its first kernel.
 
     Their constants follow its own. Raises ValueError when `text` has no such line, or no kernel.
     """
@@ -30,7 +31,7 @@ def inlined(text: str) -> str:
 
 
 def _needed(mentioned: set[str]) -> tuple[list[str], list[str]]:
-    """The constants and the functions behind these names, and behind the names those mention, in the order of blocks.py."""
+    """The constants and the functions behind these names, and behind the names those mention, in the order of `SHARED`."""
     sources, uses = _definitions()
     needed: set[str] = set()
     pending = mentioned & sources.keys()
@@ -44,19 +45,20 @@ def _needed(mentioned: set[str]) -> tuple[list[str], list[str]]:
 
 @lru_cache
 def _definitions() -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Of everything blocks.py defines, the source and the names it mentions."""
-    text = BLOCKS.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    """Of everything that `SHARED` defines, the source and the names it mentions."""
     sources, uses = {}, {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            name, first = node.name, node.decorator_list[0].lineno
-        elif isinstance(node, ast.Assign):
-            name, first = ast.unparse(node.targets[0]), node.lineno
-        else:
-            continue
-        sources[name] = "\n".join(lines[first - 1 : node.end_lineno])
-        uses[name] = _names(node)
+    for path in SHARED:
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                name, first = node.name, node.decorator_list[0].lineno
+            elif isinstance(node, ast.Assign):
+                name, first = ast.unparse(node.targets[0]), node.lineno
+            else:
+                continue
+            sources[name] = "\n".join(lines[first - 1 : node.end_lineno])
+            uses[name] = _names(node)
     return sources, uses
 
 

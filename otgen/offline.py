@@ -7,7 +7,7 @@ exactly what would run, specialised as it would be, and the launches and grids a
 from __future__ import annotations
 
 import re
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from otgen.families import family
@@ -32,7 +32,8 @@ def launches_of(module: ModuleType, problem: Problem, target: Gpu) -> list[Launc
 
     log: list[Launch] = []
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    launched = {name: kernels[name] for name in module.launch.__code__.co_names if name in kernels}
+    functions = [value for value in vars(module).values() if isinstance(value, FunctionType)]
+    launched = {name: kernels[name] for function in functions for name in function.__code__.co_names if name in kernels}
     stubs = {name: _Stub(a) if isinstance(a, Spec) else a for name, a in family(problem.family).arguments(problem).items()}
     driver.set_active(OfflineDriver(target))
     vars(module).update({name: _Recorder(kernel, log) for name, kernel in launched.items()})
@@ -50,6 +51,11 @@ class _Stub:
         self.shape = spec.shape
         self.dtype = DTYPE_NAMES[spec.dtype]
         self.bytes = BYTES[spec.dtype]
+
+    def new_empty(self, shape: tuple[int, ...], dtype: Any = None) -> _Stub:
+        """A stand-in of that shape; of this one's type, or of the given torch type."""
+        named = self.dtype if dtype is None else str(dtype).removeprefix("torch.")
+        return _Stub(Spec(shape, next(own for own, name in DTYPE_NAMES.items() if name == named)))
 
     def data_ptr(self) -> int:
         return 0

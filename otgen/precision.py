@@ -6,6 +6,7 @@ about 2s·u·|x||y|/eps, so what a mode can reach depends on R²/eps, with R the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ class Mode:
     products    how many tensor-core products of type `unit` replace one exact product
     unit        the operand type the tensor core sees; "fma" when it is not used
     mantissa    bits of an operand, the implicit one included (the emulated rounding of `rounded`)
+    packed      which parts of the operands of a packed product are multiplied (`otgen.families.packed`), x's and y's, the largest
+                part being the 0th; () where the mode has no such form
+    only_packed whether it has no other
     truncates   whether the bits below are dropped rather than rounded: a tensor core reads fp32 registers as tf32 by ignoring them,
                 and Triton converts nothing beforehand, so the errors add up instead of averaging out
     """
@@ -33,6 +37,8 @@ class Mode:
     unit: str
     mantissa: int
     truncates: bool = False
+    packed: tuple[tuple[int, int], ...] = ()
+    only_packed: bool = False
 
     @property
     def pace(self) -> tuple[int, str]:
@@ -40,15 +46,21 @@ class Mode:
         return self.products, "16-bit" if self.unit in ("fp16", "bf16") else self.unit
 
 
+ONE_PRODUCT = ((0, 0),)
+THREE_PRODUCTS = ((0, 0), (0, 1), (1, 0))
+SIX_PRODUCTS = (*THREE_PRODUCTS, (1, 1), (0, 2), (2, 0))
+
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         Mode("ieee", 2e-8, 1, "fma", 24),
         Mode("tf32x3", 2e-8, 3, "tf32", 22),
-        Mode("bf16x3", 1e-6, 3, "bf16", 16),
-        Mode("fp16", 1e-4, 1, "fp16", 11),
+        Mode("fp16x3", 2e-8, 3, "fp16", 22, packed=THREE_PRODUCTS, only_packed=True),
+        Mode("bf16x6", 2e-8, 6, "bf16", 24, packed=SIX_PRODUCTS, only_packed=True),
+        Mode("bf16x3", 1e-6, 3, "bf16", 16, packed=THREE_PRODUCTS),
+        Mode("fp16", 1e-4, 1, "fp16", 11, packed=ONE_PRODUCT),
         Mode("tf32", 6e-4, 1, "tf32", 11, truncates=True),
-        Mode("bf16", 1e-3, 1, "bf16", 8),
+        Mode("bf16", 1e-3, 1, "bf16", 8, packed=ONE_PRODUCT),
     )
 }
 """Every mode, most accurate first."""
@@ -60,6 +72,9 @@ ALIASES = {"fp32": "ieee"}
 
 FP16_RANGE = (6e-2, 6e4)
 """What the radius of the clouds, plain and scaled, must lie between in fp16: above, it overflows; below, its last bits are lost."""
+
+BIAS_SHARE = 2.5
+"""Scaled potentials of clouds of radius R reach this share of scale·R²: cost·(2R)² for f, less |x|²/2."""
 
 
 def mode_name(name: str) -> str:
@@ -85,10 +100,16 @@ def admissible(radius: float, eps: float, tol: float, cost: float = 1.0) -> tupl
 
 
 def representable(mode: str, radius: float, eps: float, cost: float = 1.0) -> bool:
-    """Whether coordinates, and those scaled by 2·cost·log2(e)/eps, stay inside the range of the mode's operands."""
+    """Whether what a mode's operands hold stays inside their range.
+
+    Coordinates, plain and multiplied by scale = 2·cost·log2(e)/eps; in packed products, where they are multiplied by its root,
+    the potentials too. The small ones of a split operand are held by its other part.
+    """
     smallest, largest = FP16_RANGE
-    scaled = 2.0 * cost * LOG2_E / eps * radius
-    return mode != "fp16" or (smallest < min(radius, scaled) and max(radius, scaled) < largest)
+    scale = 2.0 * cost * LOG2_E / eps
+    if mode == "fp16x3":
+        return max(math.sqrt(scale) * radius, BIAS_SHARE * scale * radius * radius) < largest
+    return mode != "fp16" or (smallest < min(radius, scale * radius) and max(radius, scale * radius) < largest)
 
 
 def rounded(x: torch.Tensor, mode: str) -> torch.Tensor:

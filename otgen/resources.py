@@ -28,5 +28,6 @@ def template_hash(family: str) -> str:
     """Twelve hex digits of the sources a rendered kernel of `family` is made of: its template and the shared blocks."""
     digest = hashlib.sha256()
     digest.update((resource("templates") / f"{family}.py.jinja").read_bytes())
-    digest.update((PACKAGE / "blocks.py").read_bytes())
+    for shared in ("blocks.py", "packing.py"):
+        digest.update((PACKAGE / shared).read_bytes())
     return digest.hexdigest()[:12]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen.errors import OtgenError
 from otgen.families import family
+from otgen.families.packed import is_packed
 from otgen.families.tiles import torch_dtype
 from otgen.problem import Problem, Spec, Variant
 
@@ -73,14 +74,16 @@ def _argument(spec: Spec | float, value: Any, device: str) -> torch.Tensor | flo
 def interpret(problem: Problem, variant: Variant, seed: int = 0) -> list[Accuracy]:
     """`verify` through Triton's interpreter, on the awkward small problem. Needs TRITON_INTERPRET=1 in the environment.
 
-    The interpreter multiplies in fp32 whatever the precision mode, so fp32's budget applies to all of them.
+    The interpreter multiplies in fp32 whatever the precision mode, so fp32's budget applies to all of them; but packed operands are
+    rounded there too.
     """
     from otgen.blocks import INTERPRETED
     from otgen.render import load
 
     if not INTERPRETED.value:
         raise OtgenError("expected the interpreter; this process compiles; set TRITON_INTERPRET=1 before it starts")
-    return verify(small(problem, variant), variant.with_(precision="ieee"), load(problem, variant).launch, "cpu", seed)
+    allowed = variant if is_packed(variant) else variant.with_(precision="ieee")
+    return verify(small(problem, variant), allowed, load(problem, variant).launch, "cpu", seed)
 
 
 def failures(results: Iterable[Accuracy]) -> Iterator[str]:

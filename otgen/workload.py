@@ -12,6 +12,7 @@ from math import ceil
 from typing import Any
 
 from otgen.families import family
+from otgen.families.packed import depths, is_packed
 from otgen.families.tiles import bias_depth
 from otgen.gpus import Gpu
 from otgen.isa import Mix, average, hot_loops
@@ -43,7 +44,9 @@ class CompiledLaunch:
 class Tile:
     """The shape of a variant's tile: m × n pairs, k coordinates a time, w output columns; `products` score products over all d.
 
-    bias_depth  of the bf16 product that adds the biases; the tile is then held by columns. 0 without one
+    bias_depth    of the bf16 product that adds the biases; 0 without one
+    packed_width  16-bit numbers of a packed point, all that its pairs multiply; 0 where operands are as stored
+    by_columns    whether the tile is held columns by rows
     """
 
     m: int
@@ -58,6 +61,8 @@ class Tile:
     both_sums: bool
     shares_values: bool
     bias_depth: int
+    packed_width: int = 0
+    by_columns: bool = False
 
     @classmethod
     def of(cls, problem: Problem, variant: Variant, work: Work) -> Tile:
@@ -75,12 +80,15 @@ class Tile:
             both_sums=work.both_sums,
             shares_values=work.own_values,
             bias_depth=bias_depth(variant),
+            packed_width=sum(depths(problem.d, str(variant["precision"]))) if is_packed(variant) else 0,
+            by_columns=variant.get("bias", "added") != "added",
         )
 
     @property
     def depth(self) -> int:
         """Multiply-adds per pair: padded coordinates and output columns, times the products a precision mode makes of one."""
-        return (ceil(self.d / self.k) * self.k * self.products + self.w) * MODES[self.precision].products
+        stored = (ceil(self.d / self.k) * self.k * self.products + self.w) * MODES[self.precision].products
+        return self.packed_width or stored
 
     def unit(self, gpu: Gpu) -> str:
         """The matrix unit's operand type, or "fma" when products run on the multiply-add pipe. AMD's also takes fp32."""
@@ -93,9 +101,14 @@ class Tile:
         return {unit: 2.0 * self.m * self.n * depth for unit, depth in depths.items() if depth and unit != "fma"}
 
     @property
+    def point(self) -> float:
+        """Numbers of `itemsize` bytes that are read of a point."""
+        return self.packed_width * BYTES["fp16"] / self.itemsize if self.packed_width else self.d
+
+    @property
     def loaded_bytes(self) -> float:
         """Read from L2 for one tile: column block, row block unless resident, values, vectors, atomic column sums."""
-        operands = self.n * self.d if self.resident else (self.m + self.n) * self.d * self.products
+        operands = self.n * self.point if self.resident else (self.m + self.n) * self.d * self.products
         values = 0 if self.shares_values else self.n * self.w
         atomics = ASSUMED.sector_bytes * self.n if self.both_sums else 0
         return float((operands + values) * self.itemsize + 3 * BYTES["fp32"] * self.n + atomics)
@@ -103,7 +116,7 @@ class Tile:
     @property
     def program_bytes(self) -> float:
         """Read and written once per program: its row block, potentials and weights, and the outputs."""
-        return float(self.m * (self.products * self.d * self.itemsize + (self.w + 6) * BYTES["fp32"]))
+        return float(self.m * (self.products * self.point * self.itemsize + (self.w + 6) * BYTES["fp32"]))
 
 
 def tile_mix(problem: Problem, variant: Variant, gpu: Gpu, code: str) -> Mix:

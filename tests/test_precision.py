@@ -31,6 +31,10 @@ def test_rounding_is_idempotent_and_half_a_unit_at_most(mode: str) -> None:
         assert bool((once.abs() <= x.abs()).all())
 
 
+FINE = ("ieee", "tf32x3", "fp16x3", "bf16x6")
+"""Modes of fp32's own accuracy."""
+
+
 def test_modes_are_ordered_by_accuracy_and_fp32_is_always_there() -> None:
     floors = [mode.floor for mode in MODES.values()]
     assert floors == sorted(floors)
@@ -41,17 +45,18 @@ def test_modes_are_ordered_by_accuracy_and_fp32_is_always_there() -> None:
     ("radius", "eps", "tol", "modes"),
     [
         (1.0, 1.0, 1e-1, tuple(MODES)),
-        (1.0, 0.1, 1e-1, ("ieee", "tf32x3", "bf16x3", "fp16", "tf32", "bf16")),
-        (1.0, 0.1, 1e-2, ("ieee", "tf32x3", "bf16x3", "fp16")),
-        (1.0, 0.01, 1e-3, ("ieee", "tf32x3", "bf16x3")),
-        (10.0, 0.01, 1e-3, ("ieee", "tf32x3")),
+        (1.0, 0.1, 1e-1, (*FINE, "bf16x3", "fp16", "tf32", "bf16")),
+        (1.0, 0.1, 1e-2, (*FINE, "bf16x3", "fp16")),
+        (1.0, 0.01, 1e-3, (*FINE, "bf16x3")),
+        (3.0, 0.001, 1e-3, FINE),
+        (14.0, 0.01, 2e-3, ("ieee", "tf32x3", "bf16x6")),
     ],
 )
 def test_admissible_modes_follow_the_floor_rule(radius: float, eps: float, tol: float, modes: tuple[str, ...]) -> None:
     found = admissible(radius, eps, tol, cost=0.5)
     assert found == modes
     for mode in MODES:
-        assert (mode in found) == (floor(mode, radius, eps, 0.5) <= tol / 3)
+        assert (mode in found) == (floor(mode, radius, eps, 0.5) <= tol / 3 and representable(mode, radius, eps, 0.5))
 
 
 def test_fp16_needs_its_operands_in_range() -> None:
@@ -60,6 +65,8 @@ def test_fp16_needs_its_operands_in_range() -> None:
     assert representable("bf16", radius=1000.0, eps=1e-2)
     assert not representable("fp16", radius=1e6, eps=1e12), "the other cloud is not scaled"
     assert not representable("fp16", radius=1e-5, eps=1e-9), "subnormal coordinates"
+    assert not representable("fp16x3", radius=100.0, eps=1e-1), "a packed product holds the potentials too"
+    assert representable("fp16x3", radius=1e-4, eps=1e-4), "what is small for a part is held by the other"
     assert "fp16" not in admissible(radius=1e3, eps=1e-2, tol=1e12)
 
 

@@ -27,6 +27,8 @@ def case(name: str, axes: dict[str, int | str], **flags: int | str) -> tuple[Pro
     return family(name).problem(4096, 4096, 64, **flags), Variant(TILE, **axes)
 
 
+PACKED: dict[str, int | str] = {"fusion": "half_step", "bias": "wgmma", "operands": "packed", "precision": "fp16"}
+
 CASES = {
     "sinkhorn_alternating": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating"),
     "sinkhorn_alternating_running": case("sinkhorn", {"fusion": "half_step", "stabiliser": "running"}, schedule="alternating"),
@@ -38,6 +40,7 @@ CASES = {
     "sinkhorn_half_sweep": case("sinkhorn", {"fusion": "half_sweep", "SPLITS": 4}, schedule="own"),
     "sinkhorn_alternating_mma": case("sinkhorn", {"fusion": "half_step", "bias": "mma"}, schedule="alternating"),
     "sinkhorn_alternating_exp2_by_fma": case("sinkhorn", {"fusion": "half_step", "exp2_by_fma": 1}, schedule="alternating"),
+    "sinkhorn_alternating_packed": case("sinkhorn", PACKED, schedule="alternating"),
     "sinkhorn_one_sweep_wgmma": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4, "bias": "wgmma"}, schedule="symmetric"),
     "sinkhorn_batch": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating", batch=64),
     "transport_vector": case("transport", {}, output="vector"),

@@ -7,6 +7,7 @@ import torch
 
 from otgen.families import family, sinkhorn, tiles
 from otgen.gpus import gpu
+from otgen.precision import LOG2_E, MODES
 from otgen.problem import Problem, Variant
 from otgen.render import load
 from otgen.verify import call_arguments, failures, interpret, verify
@@ -100,6 +101,13 @@ def test_one_sweep_needs_a_shift() -> None:
     assert "common shift" in KIND.fits(SYMMETRIC, variant, gpu("a100"))
 
 
+FUSIONS = {
+    ("alternating", "half_step"),
+    ("symmetric", "two_launches"),
+    ("symmetric", "one_launch"),
+    ("own", "half_step"),
+}
+
 IN_PRODUCT = {
     "mma": {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4},
     "wgmma": {"bias": "wgmma", "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4},
@@ -131,6 +139,76 @@ def test_biases_from_the_product_at_awkward_shapes(bias: str, shape: tuple[int, 
         for own in sweeps if problem.flags[0] == ("schedule", "symmetric") else [{}]:
             variant = KIND.default(problem).with_(**axes, **own)
             assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
+
+
+PACKED = {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "stabiliser": "shifted", "operands": "packed"}
+
+
+@pytest.mark.parametrize("precision", [mode for mode in MODES if MODES[mode].packed])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("schedule", "fusion"), sorted(FUSIONS))
+def test_packed_operands_agree_with_float64(precision: str, batch: int, schedule: str, fusion: str) -> None:
+    """Within their own mode's budget: a packed operand is rounded in the interpreter too. Of one or two depths."""
+    for n, m, d in ((1, 1, 1), (70, 45, 3), (33, 200, 4), (31, 7, 40)):
+        problem = KIND.problem(n, n if schedule == "own" else m, d, schedule=schedule, batch=batch)
+        axes = {**PACKED, "BLOCK_K": tiles.power_of_two(d), "fusion": fusion, "precision": precision}
+        for splits in (1, 4) if fusion in sinkhorn.SWEPT else (1,):
+            variant = KIND.default(problem).with_(**axes, **({"SPLITS": splits} if schedule != "alternating" else {}))
+            assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
+
+
+@pytest.mark.parametrize("eps", [1e-1, 1e-2, 1e-3])
+def test_one_product_has_the_accuracy_of_fp32(eps: float) -> None:
+    """Three dimensions in the unit cube, fp16x3 and bf16x6 against what fp32 itself makes of the same scores."""
+    generator = torch.Generator().manual_seed(7)
+    x, y = (torch.rand(60, 3, generator=generator, dtype=torch.float64).float().double() - 0.5 for _ in range(2))
+    scale = 2 * LOG2_E / eps
+    given = {**sinkhorn.inputs(KIND.problem(60, 60, 3), 0), "x": x, "y": y, "scale": scale, "damping": 1.0, "step": 1.0}
+    given["x_sq"], given["v"] = (x * x).sum(1), -0.5 * scale * (y * y).sum(1)
+    for _ in range(50):
+        u = -torch.logsumexp((given["v"] + scale * x @ y.T) * tiles.LN2 + given["b"].log(), 1) / tiles.LN2
+        v = -torch.logsumexp((u[:, None] + scale * x @ y.T) * tiles.LN2 + given["a"].log()[:, None], 0) / tiles.LN2
+        given["u"], given["v"] = u.float().double(), v.float().double()
+    problem = KIND.problem(60, 60, 3)
+    exact = sinkhorn.reference(problem, given)["u_out"]
+    errors = {
+        mode: float((run(problem, given, **PACKED, BLOCK_K=16, precision=mode)["u_out"].double() - exact).abs().max())
+        for mode in ("fp16x3", "bf16x6", "bf16x3")
+    }
+    plain = float((run(problem, given, stabiliser="shifted")["u_out"].double() - exact).abs().max())
+    assert max(errors["fp16x3"], errors["bf16x6"]) < 4 * plain + 1e-6
+    assert errors["bf16x3"] > 4 * errors["fp16x3"], "sixteen bits are fewer"
+
+
+@pytest.mark.parametrize("offset", [-9e4, -3000.0, -130.0, 130.0, 3000.0, 9e4])
+def test_what_packed_operands_cannot_hold_is_redone(offset: float) -> None:
+    """Out of the range of a shift, or of fp16 itself: NaN is seen, and the stored operands know better."""
+    given = {**sinkhorn.inputs(SYMMETRIC, 1), "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
+    expected = sinkhorn.reference(SYMMETRIC, given)["u_out"]
+    given["u"][::7] += offset
+    for fusion in ("two_launches",):
+        found = run(SYMMETRIC, given, fusion=fusion, precision="fp16x3", **PACKED, BLOCK_K=16)
+        torch.testing.assert_close(found["u_out"], expected, rtol=1e-6, atol=2e-2 if abs(offset) > 3000 else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"operands": "stored"}, "fp16x3 products are of packed operands"),
+        ({"precision": "tf32"}, "not of 16 bits"),
+        ({"bias": "added"}, "hold the biases"),
+        ({"BLOCK_K": 32}, "all coordinates at once"),
+        ({"precision": "bf16x6", "num_stages": 4, "BLOCK_N": 64}, "operands exceed"),
+        ({"precision": "bf16x6", "d": 100, "BLOCK_K": 128}, "more than 512 columns"),
+        ({}, ""),
+    ],
+)
+def test_when_operands_can_be_packed(axes: dict[str, int | str], message: str) -> None:
+    d = int(axes.pop("d", 64))
+    problem = KIND.problem(4096, 4096, d)
+    variant = KIND.default(problem).with_(**{**PACKED, "BLOCK_M": 128, "BLOCK_K": 64, "precision": "fp16x3", **axes})
+    found = KIND.fits(problem, variant, gpu("a100"))
+    assert message in found if message else found == ""
 
 
 @pytest.mark.parametrize("bias", [*IN_PRODUCT, "added"])

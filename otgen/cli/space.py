@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import product
-from math import prod
 
 import click
 
@@ -30,15 +28,16 @@ def space(family: str, words: tuple[str, ...], shape: str, slug: str, dtype: str
     not multiplied in: they have their plain value. What axes mean: docs/variants.md.
     """
     from otgen import families
-    from otgen.problem import Variant
+    from otgen.candidates import refusals
 
     problem, axes = parse_problem(family, shape, dtype, words)
     if axes:
         raise unknown(f"flag of {family}", next(iter(axes)), families.family(family).flags)
     kind, target = families.family(family), gpu(slug)
-    values, listed = kind.axes(problem), kind.listed_axes(problem)
-    reasons = Counter(kind.fits(problem, Variant(dict(zip(listed, chosen))), target) for chosen in product(*listed.values()))
-    legal, size = reasons.pop("", 0), prod(map(len, listed.values()))
+    values, reasons = kind.axes(problem), Counter[str]()
+    for reason, count, _ in refusals(problem, target):
+        reasons[reason] += count
+    size, legal = reasons.total(), reasons.pop("", 0)
     default = kind.default(problem)
     if as_json:
         facts = {

@@ -15,10 +15,12 @@ Source: Feydy, *Geometric data analysis, beyond convolutions* (2020), ch. 3; the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import batches, tiles
+from otgen.families import batches, packed, tiles
+from otgen.precision import MODES
 from otgen.problem import Argument, Family, Problem, Spec, Sweep, Value, Variant, Work
 
 if TYPE_CHECKING:
@@ -27,12 +29,19 @@ if TYPE_CHECKING:
     from otgen.gpus import Gpu
 
 
+STRUCTURE: Mapping[str, tuple[Value, ...]] = {
+    "precision": tuple(MODES),
+    "bias": ("added", "mma", "wgmma"),
+    "operands": ("stored", "packed"),
+    "exp2_by_fma": (0, 1, 2, 4),
+}
+
 SWEPT = ("one_sweep", "half_sweep")
 """Fusions of which a first launch sums, and a second one updates."""
 
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
-    shared = {**tiles.tile_axes(problem), "bias": ("added", "mma", "wgmma"), "exp2_by_fma": (0, 1, 2, 4)}
+    shared = {**tiles.tile_axes(problem), **STRUCTURE}
     if problem.flag("schedule") == "alternating":
         return {**shared, "fusion": ("half_step",)}
     fusion = ("half_step", "half_sweep") if problem.own else ("two_launches", "one_launch", "one_sweep")
@@ -48,7 +57,14 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return "only a sweep whose sums are added up by atomics can share its rows among programs"
     if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > problem.m:
         return "a program would have no columns"
-    return tiles.tile_misfit(problem, variant, gpu) or tiles.bias_misfit(problem, variant, gpu) or tiles.exp2_misfit(variant, gpu)
+    if variant["fusion"] in SWEPT and packed.is_packed(variant):
+        return "sweeps of packed operands are not there yet"
+    return (
+        packed.packed_misfit(problem, variant, gpu)
+        or tiles.tile_misfit(problem, variant, gpu)
+        or tiles.bias_misfit(problem, variant, gpu)
+        or tiles.exp2_misfit(variant, gpu)
+    )
 
 
 def default(problem: Problem) -> Variant:
@@ -73,6 +89,13 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 
 def work(problem: Problem, variant: Variant) -> Work:
+    work = _work(problem, variant)
+    if not packed.is_packed(variant):
+        return work
+    return replace(work, launches=(packed.packing(problem.n, problem.m, variant, problem.batch), *work.launches))
+
+
+def _work(problem: Problem, variant: Variant) -> Work:
     n, m, batch = problem.n, problem.m, problem.batch
     rows, columns = (tiles.sweep(*sizes, variant, batch=batch) for sizes in ((n, m), (m, n)))
     programs = rows.programs + columns.programs
@@ -170,6 +193,6 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("SPLITS",),
-    later_axes=("bias", "exp2_by_fma"),
+    later_axes=("bias", "operands", "exp2_by_fma"),
     refinements={"exp2_by_fma": 0},
 )

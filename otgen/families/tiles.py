@@ -38,6 +38,10 @@ def powers_of_two(low: int, high: int) -> tuple[int, ...]:
     return tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
 
 
+TILE_AXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_W", "num_warps", "num_stages", "precision")
+"""What `tile_misfit` looks at."""
+
+
 def tile_axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
     """The axes common to all families. BLOCK_K ≥ d keeps the row block's coordinates resident."""
     return {
@@ -46,7 +50,7 @@ def tile_axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
         "BLOCK_K": powers_of_two(16, min(256, power_of_two(problem.d))),
         "num_warps": (2, 4, 8),
         "num_stages": (1, 2, 3, 4),
-        "precision": tuple(MODES),
+        "precision": tuple(mode.name for mode in MODES.values() if not mode.only_packed),
         "stabiliser": ("running", "shifted"),
     }
 
@@ -107,7 +111,7 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
 
 def bias_depth(variant: Variant) -> int:
     """Depth of the product that adds the biases; 0 where they are added one by one."""
-    return 0 if variant.get("bias", "added") == "added" else 16
+    return 0 if variant.get("bias", "added") == "added" or variant.get("operands", "stored") == "packed" else 16
 
 
 def across_warps(gpu: Gpu, rows: int, warps: int) -> bool:
@@ -123,7 +127,7 @@ def bias_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     wgmma   likewise, as matrix instructions across warps do
     """
     block_m, block_n, warps = (variant.int(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps"))
-    if not bias_depth(variant):
+    if variant.get("bias", "added") == "added":
         return ""
     if variant["stabiliser"] != "shifted":
         return "a running maximum rescales a row's sum with every tile: no part of it can wait"
