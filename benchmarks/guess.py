@@ -54,7 +54,7 @@ def kernels(path: Path) -> dict[Any, Kernel]:
             problem = kind.problem(n, m, d, dtype, **json.loads(flags))
             tile = Tile.of(problem, chosen, kind.work(problem, chosen))
             pairs = tile.m * tile.n / (32 * chosen.int("num_warps"))
-            mix = json.loads(instructions)["launches"][0]["mix"]
+            mix = next(launch["mix"] for launch in json.loads(instructions)["launches"] if launch["mix"]["slots"])
             found[target.arch, name, d, dtype, flags, kind.same_kernels(chosen)] = Kernel(
                 kernel_kind(tile, chosen, target),
                 tile_features(tile, chosen, target),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen import families, gpus
 from otgen.errors import NoValidVariant, StoreError, UsageError, unknown
+from otgen.precision import of_family
 from otgen.problem import LARGEST_DIMENSION, Problem, Value, Variant
 from otgen.ranking import Cache, Candidate, centre, ranked, stale
 from otgen.standard import flag_words
@@ -142,12 +143,17 @@ class Dispatcher:
         return kernel
 
     def explain(self, problem: Problem, gpu: str, modes: tuple[str, ...]) -> Explanation:
-        """What `choose` answers for `problem`, and why. Raises as `choose` does."""
+        """What `choose` answers for `problem`, and why; in modes as accurate where the family has none of `modes`.
+
+        Raises as `choose` does.
+        """
         entry, target = self._gpu(gpu), centre(problem)
         pinned = self._pins.get((problem.family, problem.flags))
         if pinned is not None:
             return Explanation((), (), _pinned(pinned, target, entry))
-        sources = self._load(families.family(problem.family).name, entry)
+        kind = families.family(problem.family)
+        modes = of_family(modes, tuple(map(str, kind.axes(target)["precision"])))
+        sources = self._load(kind.name, entry)
         winners = overlay((source.winners for source in sources), stale)
         considered = []
         for candidate in ranked(winners, target, entry, modes):

@@ -7,6 +7,7 @@ about 2s·u·|x||y|/eps, so what a mode can reach depends on R²/eps, with R the
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,12 @@ def admissible(radius: float, eps: float, tol: float, cost: float = 1.0) -> tupl
     """The modes whose floor lies below a third of `tol`, most accurate first; never empty: fp32 is the last resort."""
     fine = [name for name in MODES if floor(name, radius, eps, cost) <= tol / 3 and representable(name, radius, eps, cost)]
     return tuple(fine) or ("ieee",)
+
+
+def of_family(modes: tuple[str, ...], available: Collection[str]) -> tuple[str, ...]:
+    """Those of `modes` that a kernel family has; where it has none, its modes of no lower accuracy than the finest of them."""
+    finest = min(MODES[mode].floor for mode in modes)
+    return tuple(mode for mode in modes if mode in available) or tuple(m for m in available if MODES[m].floor <= finest)
 
 
 def representable(mode: str, radius: float, eps: float, cost: float = 1.0) -> bool:

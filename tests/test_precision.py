@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otgen.errors import UsageError
-from otgen.precision import MODES, admissible, floor, mode_name, representable, rounded
+from otgen.precision import MODES, admissible, floor, mode_name, of_family, representable, rounded
 
 
 @given(st.floats(-1e4, 1e4, width=32))
@@ -68,6 +68,13 @@ def test_fp16_needs_its_operands_in_range() -> None:
     assert not representable("fp16x3", radius=100.0, eps=1e-1), "a packed product holds the potentials too"
     assert representable("fp16x3", radius=1e-4, eps=1e-4), "what is small for a part is held by the other"
     assert "fp16" not in admissible(radius=1e3, eps=1e-2, tol=1e12)
+
+
+def test_a_family_without_a_mode_takes_one_as_accurate() -> None:
+    stored = tuple(mode for mode in MODES if not MODES[mode].only_packed)
+    assert of_family(("fp16x3", "tf32"), stored) == ("tf32",)
+    assert of_family(("fp16x3",), stored) == ("ieee", "tf32x3")
+    assert of_family(("bf16x6", "fp16x3"), tuple(MODES)) == ("bf16x6", "fp16x3")
 
 
 def test_names() -> None:

@@ -115,7 +115,8 @@ def precision_modes(precision: str, clouds: Clouds, eps: float, tol: float) -> t
         raise InputError(f"expected points on a GPU for precision={precision!r}; got {clouds.x.device}; type precision='fp32'")
     if not representable(mode, clouds.radius, eps):
         raise InputError(
-            f"expected coordinates inside the range of {mode}; reg={eps:g} scales them out of it; type precision='tf32'"
+            f"expected coordinates inside the range of {mode}; reg={eps:g} scales them out of it; "
+            f"type precision='{'tf32' if mode == 'fp16' else 'fp32'}'"
         )
     return (mode,)
 
