@@ -92,7 +92,7 @@ class Study:
             if self._take(variant):
                 return variant
         for variant in hints:
-            if self._score(variant) < inf and self._take(variant):
+            if self._fresh(variant) and self._score(variant) < inf and self._take(variant):
                 return variant
         if not self._unseen.any():
             return None

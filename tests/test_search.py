@@ -91,6 +91,15 @@ def test_of_the_neighbours_the_lowest_score_comes_first_and_the_hopeless_never()
     assert all(variant is not None and variant["stabiliser"] == "shifted" for variant in asked)
 
 
+def test_a_hint_that_is_no_legal_variant_is_not_scored() -> None:
+    def score(variant: Variant) -> float:
+        assert variant in LEGAL
+        return 1.0
+
+    study = Study(LEGAL, [], score=score)
+    assert study.ask([LEGAL[0].with_(BLOCK_M=512), LEGAL[4]]) == LEGAL[4]
+
+
 def test_hints_come_after_the_first_ones() -> None:
     hint, seen = LEGAL[20], LEGAL[3]
     study = Study(LEGAL, [seen], score=lambda variant: math.inf if variant == LEGAL[21] else 1.0)
