@@ -44,12 +44,12 @@ class Kernel(NamedTuple):
 
 
 def kernels(path: Path) -> dict[Any, Kernel]:
-    """The kernels of NVIDIA GPUs in a database, each once."""
+    """The plain kernels of NVIDIA GPUs in a database, each once."""
     found: dict[Any, Kernel] = {}
     with sqlite3.connect(path) as connection:
         for slug, name, n, m, d, dtype, flags, variant, registers, spills, instructions in connection.execute(QUERY):
             target, kind, chosen = gpu(slug), family(name), Variant(json.loads(variant))
-            if target.backend != "cuda":
+            if target.backend != "cuda" or kind.plain(chosen) != chosen:
                 continue
             problem = kind.problem(n, m, d, dtype, **json.loads(flags))
             tile = Tile.of(problem, chosen, kind.work(problem, chosen))

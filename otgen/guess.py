@@ -3,7 +3,7 @@
 Instructions per pair and registers per thread are sums over features of the tile, with coefficients that benchmarks/guess.py fitted
 to compiled kernels, not to times, and wrote to guess.json. There are three kinds of kernel: products on warp-wide matrix
 instructions (mma), on asynchronous ones that read shared memory themselves (async), and on the multiply-add pipe (fma); the first
-two differ again where the tile is held by columns, with the biases in the product.
+two differ again where the tile is held by columns, with the biases in the product, and where operands are packed.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def kernel_kind(tile: Tile, variant: Variant, gpu: Gpu) -> str:
     if tile.unit(gpu) == "fma":
         return "fma"
     kind = "async" if across_warps(gpu, tile.n if tile.by_columns else tile.m, variant.int("num_warps")) else "mma"
+    if tile.packed_width:
+        return f"{kind} packed"
     return f"{kind} by columns" if tile.by_columns else kind
 
 
