@@ -1,4 +1,4 @@
-"""How many sweeps one iteration of otgen's debiased loss takes on its shipped winners: counted by running it."""
+"""How many sweeps and launches an iteration of otgen's debiased loss takes on its shipped winners: counted by running it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ def winners(problem: Problem, slug: str, accuracy: str) -> list[Winner]:
     return sorted(fine, key=lambda winner: winner.us)
 
 
-def debiased_sweeps(slug: str) -> float:
-    """How often one more regularisation in the schedule of a debiased loss makes it visit all pairs (d = 64, n = m).
+def debiased_iteration(slug: str) -> tuple[float, int]:
+    """(sweeps, launches): how often one more regularisation in the schedule of a debiased loss makes it visit all pairs (d = 64,
+    n = m), and how many kernels it launches for that.
 
-    The loss runs on a CPU with two regularisations and with three; what it launches is looked up among the winners.
+    The loss runs on a CPU with two regularisations and with three; what it launches is looked up among the winners, and is the
+    default variant where there is none.
     """
-    return _sweeps(slug, 3) - _sweeps(slug, 2)
+    (fewer, before), (more, after) = (_cost(slug, length) for length in (2, 3))
+    return more - fewer, after - before
 
 
-def _sweeps(slug: str, length: int) -> float:
+def _cost(slug: str, length: int) -> tuple[float, int]:
     launches: Counter[tuple[str, ops.Flags]] = Counter()
     original = ops.kernel
 
@@ -45,8 +48,11 @@ def _sweeps(slug: str, length: int) -> float:
     clouds = torch.rand(2, 16, 64, generator=torch.Generator().manual_seed(0))
     with patch.object(ops, "kernel", counting):
         SamplesLoss(debias=True, eps_list=[1.0] * length)(*clouds)
-    total = 0.0
+    total, kernels = 0.0, 0
     for (name, flags), times in launches.items():
-        problem = family(name).problem(4096, 4096, 64, **dict(flags))
-        total += times * sweeps(problem, winners(problem, slug, "tf32")[0].variant)
-    return total
+        kind = family(name)
+        problem = kind.problem(4096, 4096, 64, **dict(flags))
+        variant = next((winner.variant for winner in winners(problem, slug, "tf32")), kind.default(problem))
+        total += times * sweeps(problem, variant)
+        kernels += times * len(kind.work(problem, variant).launches)
+    return total, kernels

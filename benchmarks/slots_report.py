@@ -60,7 +60,8 @@ def _cost(row: Row) -> list[str]:
 
 def _debiased(slug: str, found: Row) -> list[str]:
     theirs = f"{found['flash-sinkhorn']:g} sweeps" if "flash-sinkhorn" in found else "not counted"
-    return [slug, f"{found['otgen']:g} sweeps", f"{found['target']:g} sweeps", _yes(found["met"]), theirs]
+    launches = f" in {found['launches']} launches" if "launches" in found else ""
+    return [slug, f"{found['otgen']:g} sweeps{launches}", f"{found['target']:g} sweeps", _yes(found["met"]), theirs]
 
 
 def _yes(met: bool) -> str:

@@ -118,7 +118,7 @@ def survey(questions: Sequence[Question], gpus: Sequence[str], *, theirs: bool, 
                 _submit_ours(pool, question, slug, search)
                 if theirs:
                     _submit_theirs(pool, question, slug, quick)
-            pool.submit("compile", (slug, "otgen"), debiased.debiased_sweeps, slug)
+            pool.submit("compile", (slug, "otgen"), debiased.debiased_iteration, slug)
             if theirs:
                 import flash_kernels
 
@@ -128,6 +128,8 @@ def survey(questions: Sequence[Question], gpus: Sequence[str], *, theirs: bool, 
                 raise RuntimeError(f"{outcome.key}: {outcome.message}")
             if isinstance(outcome.key, Task):
                 found.setdefault(outcome.key, []).extend(outcome.value)
+            elif outcome.key[1] == "otgen":
+                sweeps[outcome.key[0]] |= dict(zip(("otgen", "launches"), outcome.value))
             else:
                 sweeps[outcome.key[0]][outcome.key[1]] = outcome.value
 

@@ -18,6 +18,9 @@ LOWEST = tl.constexpr(-1e30)
 LANES = tl.constexpr(4)
 """Lanes that share a row of a matrix instruction's fragment."""
 
+SHARES = tl.constexpr(8)
+"""Programs whose shares of a sum are read at once."""
+
 BIAS_DEPTH = tl.constexpr(16)
 HALF_WORD = tl.constexpr(16)
 UPPER_HALF = tl.constexpr(-(1 << 16))
@@ -275,6 +278,21 @@ def sums_in_parts(p, PARTS: tl.constexpr):
         return p
     else:
         return tl.sum(tl.reshape(p, [p.shape[0] // PARTS, PARTS, p.shape[1]]), 0)
+
+
+@triton.jit
+def sum_of_shares(shares, points, count, BLOCK: tl.constexpr):
+    """Sums of a block of points from `shares`: a pointer to the first programs', how many there are, and how far apart they lie.
+
+    They are added up in an order of their own, whatever the order in which they were written.
+    """
+    ptr, number, distance = shares
+    sums = tl.zeros([SHARES, BLOCK], tl.float32)
+    for first in range(0, number, SHARES):
+        some = first + tl.arange(0, SHARES)
+        places = ptr + some.to(tl.int64)[:, None] * distance + points[None, :]
+        sums += tl.load(places, mask=(some < number)[:, None] & (points < count)[None, :], other=0.0)
+    return tl.sum(sums, 0)
 
 
 @triton.jit

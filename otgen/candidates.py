@@ -92,7 +92,13 @@ class Refinements:
         """The legal variants that differ from `variant` in one refinement."""
         kind = family(self.problem.family)
         axes = {axis: values for axis, values in kind.axes(self.problem).items() if axis in kind.refinements}
-        others = (variant.with_(**{axis: value}) for axis, values in axes.items() for value in values if value != variant[axis])
+        plain = kind.refinements
+        others = (
+            variant.with_(**{axis: value})
+            for axis, values in axes.items()
+            for value in values
+            if value != variant.get(axis, plain[axis])
+        )
         return [other for other in others if self.allow(other)]
 
 

@@ -20,7 +20,7 @@ _IMPORT = re.compile(r"^from otgen\.(blocks|packing) import .*\n+", re.MULTILINE
 def inlined(text: str) -> str:
     """`text` without what it imports of `SHARED`: the functions it calls, and theirs, stand ahead of its first kernel.
 
-    Their constants follow its own. Raises ValueError when `text` has no such line, or no kernel.
+    Their constants follow its own. Raises ValueError when `text` has no such import, or no kernel.
     """
     body = _IMPORT.sub("", text)
     if body == text:

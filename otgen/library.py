@@ -28,6 +28,7 @@ __all__ = [
     "plan_gradient",
     "samples_loss",
     "samples_potentials",
+    "sinkhorn_debiased_step",
     "sinkhorn_half_step",
     "sinkhorn_own_step",
     "sinkhorn_symmetric_step",
@@ -100,6 +101,13 @@ sinkhorn_own_step = _operator(
     f"str[] modes, float scale=1.0, float damping=1.0, float step=0.5, {BATCH}, Tensor? dampings=None) -> (Tensor, Tensor)",
     lambda x, y, u, *rest, **more: (_like(u), _like(u)),
 )
+sinkhorn_debiased_step = _operator(
+    "sinkhorn_debiased_step",
+    "(Tensor x, Tensor y, Tensor u, Tensor v, Tensor p, Tensor q, Tensor a, Tensor b, Tensor x_sq, Tensor y_sq, str[] modes, "
+    f"float scale=1.0, float damping_a=1.0, float damping_b=1.0, float step=0.5, {BATCH}, Tensor? dampings_a=None, "
+    "Tensor? dampings_b=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, y, u, v, *rest, **more: tuple(_like(side) for side in (u, v) * 4),
+)
 apply_plan = _operator("apply_plan", f"({PLAN}, Tensor values, str[] modes, float scale=1.0, {BATCH}) -> Tensor", _applied)
 plan_gradient = _operator(
     "plan_gradient",
@@ -146,6 +154,7 @@ OPERATORS = {
     "sinkhorn_half_step": sinkhorn_half_step,
     "sinkhorn_symmetric_step": sinkhorn_symmetric_step,
     "sinkhorn_own_step": sinkhorn_own_step,
+    "sinkhorn_debiased_step": sinkhorn_debiased_step,
     "apply_plan": apply_plan,
     "plan_gradient": plan_gradient,
     "hvp_matvec": hvp_matvec,

@@ -37,6 +37,9 @@ ROWS, COLUMNS = 1021, 1024
 SECOND = ("y", "v", "b")
 """The tensors that are columns in a measure's transport to itself, where lengths do not tell."""
 
+AGAIN = "_again"
+"""How names of tensors end that are the columns of their own side: all of them count for each of a sample of its rows."""
+
 SAMPLE = 64
 """Points of each side at which outputs of the real size are compared with float64."""
 
@@ -94,18 +97,19 @@ class Points:
 
     @classmethod
     def of(cls, problem: Problem, seed: int = 0) -> Points:
-        import torch
-
         own = problem.own
         base = family(problem.family).inputs(replace(problem, n=ROWS, m=ROWS if own else COLUMNS), seed)
-        rows, columns = 1 + torch.arange(problem.n) % (ROWS - 1), torch.arange(problem.m) % COLUMNS
+        rows, columns = _points(problem)
         return cls(problem, base, rows, rows if own else columns)
 
     def given(self) -> dict[str, Any]:
         """What `Family.inputs` returns, at the problem's sizes."""
         own = self.problem.own
+        rows, columns = _points(self.problem)
 
         def picked(name: str, value: Any) -> Any:
+            if name.endswith(AGAIN):
+                return value[columns if len(value) == COLUMNS else rows]
             return value[self.columns if len(value) == COLUMNS or (own and name in SECOND) else self.rows]
 
         return {name: picked(name, value) if hasattr(value, "shape") else value for name, value in self.base.items()}
@@ -133,6 +137,13 @@ class Points:
                 error = float((call[name][chosen.to(call[name].device)].cpu().double() - value).abs().max())
                 results.append(Accuracy(name, error if bool(call[name].isfinite().all()) else torch.inf, allowed[name]))
         return results
+
+
+def _points(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which points of the small input the problem's rows and columns are."""
+    import torch
+
+    return 1 + torch.arange(problem.n) % (ROWS - 1), torch.arange(problem.m) % COLUMNS
 
 
 def interleave(calls: Sequence[Callable[[], Any]], time_us: Callable[[Callable[[], Any]], float]) -> list[list[float]]:

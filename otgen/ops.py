@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from otgen import chunked, chunked_batch
+from otgen import chunked, chunked_batch, chunked_debiased
 from otgen.tracing import opaque
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ Flags = tuple[tuple[str, int | str], ...]
 ALTERNATING: Flags = (("schedule", "alternating"),)
 SYMMETRIC: Flags = (("schedule", "symmetric"),)
 OWN: Flags = (("schedule", "own"),)
+DEBIASED: Flags = (("schedule", "debiased"),)
 VECTOR: Flags = (("output", "vector"), ("width", 1))
 GRADIENT: Flags = (("output", "gradient"), ("width", 1))
 MATVEC: Flags = (("product", "matvec"),)
@@ -56,6 +57,7 @@ STREAMED: dict[Flags, Streamed] = {
     ALTERNATING: Streamed(chunked.half_step),
     SYMMETRIC: Streamed(chunked.symmetric_step),
     OWN: Streamed(chunked.own_step),
+    DEBIASED: Streamed(chunked_debiased.debiased_step),
     VECTOR: Streamed(chunked.apply_vector),
     GRADIENT: Streamed(chunked.gradient),
     MATVEC: Streamed(chunked.matvec),
@@ -67,6 +69,7 @@ STREAMED_BATCH: dict[Flags, Streamed] = {
     ALTERNATING: Streamed(chunked_batch.half_step),
     SYMMETRIC: Streamed(chunked_batch.symmetric_step),
     OWN: Streamed(chunked_batch.own_step),
+    DEBIASED: Streamed(chunked_debiased.debiased_steps),
     VECTOR: Streamed(chunked_batch.apply_vector),
     GRADIENT: Streamed(chunked_batch.gradient),
 }
@@ -225,6 +228,36 @@ def sinkhorn_own_step(
     arguments = {"x": x, "y": y, "u": u, "a": a, "x_sq": x_sq, "u_out": u_out, "rho": rho}
     _launch("sinkhorn", OWN, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
     return u_out, rho
+
+
+@opaque
+def sinkhorn_debiased_step(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    p: Tensor,
+    q: Tensor,
+    a: Tensor,
+    b: Tensor,
+    x_sq: Tensor,
+    y_sq: Tensor,
+    *,
+    scale: Scalar,
+    damping_a: Scalar = 1.0,
+    damping_b: Scalar = 1.0,
+    step: float = 0.5,
+    modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(u_new, v_new, p_new, q_new, rho, gamma, rho_p, rho_q): a symmetric step of u and v, an own step of p (n,) and of q (m,)."""
+    potentials, weights = {"u": u, "v": v, "p": p, "q": q}, {"a": a, "b": b, "x_sq": x_sq, "y_sq": y_sq}
+    new = {f"{name}_out": torch.empty_like(old) for name, old in potentials.items()}
+    sums = {name: torch.empty_like(old) for name, old in zip(("rho", "gamma", "rho_p", "rho_q"), potentials.values())}
+    each = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b}
+    arguments = {"x": x, "y": y, **potentials, **weights, **new, **sums, "step": step}
+    _launch("sinkhorn", DEBIASED, modes, arguments, extents, **each)
+    return (*new.values(), *sums.values())  # type: ignore[return-value]
 
 
 @opaque

@@ -151,11 +151,15 @@ Argument = Spec | float
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One launch as the model sees it: `programs`, each visiting `tiles` tiles of `streamed` points (none: it normally idles)."""
+    """One launch as the model sees it: `programs`, each visiting `tiles` tiles of `streamed` points (none: it normally idles).
+
+    shares  of each of its rows' sums, that a program reads and adds up, on average
+    """
 
     programs: int
     tiles: float
     streamed: int
+    shares: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,8 @@ class Work:
     """What a variant does per pair besides one score and one exponential, and its launches.
 
     products       score products over all d coordinates           width      output columns per tile of a second product
-    both_sums      whether columns are summed too, by atomics      own_values whether the second product reuses y's loaded tile
+    both_sums      whether columns are summed too                  own_values whether the second product reuses y's loaded tile
+    ordered        whether their sums are written as shares, for another launch to add up, instead of added by atomics
     """
 
     launches: tuple[Sweep, ...]
@@ -171,6 +176,7 @@ class Work:
     width: int = 0
     both_sums: bool = False
     own_values: bool = False
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,8 @@ class Family:
     flags      name → the values it may take; ``int`` stands for any positive integer
     axes       problem → axis → the values that may be tried (before `fits`); BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages,
                precision and stabiliser are always among them (`otgen.families.tiles.tile_axes`): the model and the checks read them
-    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality. Smaller n
-               or m may forbid more, never less
+    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality. Of plain
+               variants, smaller n or m may forbid more, never less
     default    problem → the variant used when nothing was tuned: legal on every GPU of the table
     arguments  problem → the keyword arguments of the rendered module's ``launch()``, in order
     inputs     (problem, seed) → values of the "in" tensors and scalars, float64 torch tensors on the CPU
@@ -246,9 +252,9 @@ class Family:
         return {axis: (self.refinements[axis],) if axis in self.refinements else v for axis, v in self.axes(problem).items()}
 
     def complete(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
-        """`variant` with the default's values of those `later_axes` that it lacks."""
+        """`variant` with the default's values of those `later_axes` of the problem that it lacks."""
         default = self.default(problem)
-        return Variant({axis: default[axis] for axis in self.later_axes}, **variant)
+        return Variant({axis: default[axis] for axis in self.later_axes if axis in default}, **variant)
 
     def check(self, problem: Problem, variant: Mapping[str, Value]) -> Variant:
         """`variant` as a Variant, each axis and value checked against the declared space. It may lack `later_axes`.

@@ -47,6 +47,7 @@ class Tile:
     bias_depth    of the bf16 product that adds the biases; 0 without one
     packed_width  16-bit numbers of a packed point, all that its pairs multiply; 0 where operands are as stored
     by_columns    whether the tile is held columns by rows
+    ordered       column sums are written, not added by atomics
     """
 
     m: int
@@ -61,8 +62,9 @@ class Tile:
     both_sums: bool
     shares_values: bool
     bias_depth: int
-    packed_width: int = 0
-    by_columns: bool = False
+    packed_width: int
+    by_columns: bool
+    ordered: bool
 
     @classmethod
     def of(cls, problem: Problem, variant: Variant, work: Work) -> Tile:
@@ -82,6 +84,7 @@ class Tile:
             bias_depth=bias_depth(variant),
             packed_width=sum(depths(problem.d, str(variant["precision"]))) if is_packed(variant) else 0,
             by_columns=variant.get("bias", "added") != "added",
+            ordered=work.ordered,
         )
 
     @property
@@ -107,11 +110,11 @@ class Tile:
 
     @property
     def loaded_bytes(self) -> float:
-        """Read from L2 for one tile: column block, row block unless resident, values, vectors, atomic column sums."""
+        """Read from L2 for one tile: column block, row block unless resident, values, vectors, column sums."""
         operands = self.n * self.point if self.resident else (self.m + self.n) * self.d * self.products
         values = 0 if self.shares_values else self.n * self.w
-        atomics = ASSUMED.sector_bytes * self.n if self.both_sums else 0
-        return float((operands + values) * self.itemsize + 3 * BYTES["fp32"] * self.n + atomics)
+        column_sums = self.n * (BYTES["fp32"] if self.ordered else ASSUMED.sector_bytes) if self.both_sums else 0
+        return float((operands + values) * self.itemsize + 3 * BYTES["fp32"] * self.n + column_sums)
 
     @property
     def program_bytes(self) -> float:
@@ -145,7 +148,7 @@ def launch_cost(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: Co
         mix=launch.mix,
         tensor_flops=tile.tensor_flops(gpu),
         tile_bytes=tile.loaded_bytes,
-        program_bytes=tile.program_bytes,
+        program_bytes=tile.program_bytes + sweep.shares * tile.m * BYTES["fp32"],
         cloud_bytes=float(sweep.streamed * tile.d * tile.itemsize),
         pipelined=variant.int("num_stages") > 1,
         cold=sweep.tiles == 0,

@@ -69,6 +69,7 @@ def path(tmp_path: Path) -> Path:
 SWEEPS = (
     "sinkhorn_half_step",
     "sinkhorn_own_step",
+    "sinkhorn_debiased_step",
     "sinkhorn_symmetric_step",
     "apply_plan",
     "plan_gradient",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otgen import chunked, chunked_batch, dispatch, ops
+from otgen import chunked, chunked_batch, chunked_debiased, dispatch, ops
 from otgen.families import family
 from otgen.problem import Spec, Variant
 
@@ -13,6 +13,7 @@ CASES = [
     ("sinkhorn", {"schedule": "alternating"}, chunked.half_step),
     ("sinkhorn", {"schedule": "symmetric"}, chunked.symmetric_step),
     ("sinkhorn", {"schedule": "own"}, chunked.own_step),
+    ("sinkhorn", {"schedule": "debiased"}, chunked_debiased.debiased_step),
     ("transport", {"output": "vector"}, chunked.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked.apply_matrix),
     ("transport", {"output": "gradient"}, chunked.gradient),
@@ -59,6 +60,7 @@ BATCHES = [
     ("sinkhorn", {"schedule": "alternating"}, chunked_batch.half_step),
     ("sinkhorn", {"schedule": "symmetric"}, chunked_batch.symmetric_step),
     ("sinkhorn", {"schedule": "own"}, chunked_batch.own_step),
+    ("sinkhorn", {"schedule": "debiased"}, chunked_debiased.debiased_steps),
     ("transport", {"output": "vector"}, chunked_batch.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked_batch.apply_matrix),
     ("transport", {"output": "gradient"}, chunked_batch.gradient),

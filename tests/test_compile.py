@@ -13,6 +13,7 @@ from kinds import every
 from otgen.compile import Kernel, compile_key, compile_variant, inspect_variants
 from otgen.errors import CompileError
 from otgen.families import FAMILIES, family
+from otgen.families.sinkhorn import SWEPT
 from otgen.families.tiles import power_of_two
 from otgen.gpus import GPUS, gpu
 from otgen.isa import parse
@@ -47,9 +48,11 @@ def test_compiles_for_every_architecture(name: str) -> None:
         for problem in every(kind, 4096, 4096, 64):
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 axes = {"fusion": fusion} if fusion else {}
+                if problem.batch > 1 and fusion in SWEPT:
+                    axes["sums"] = "ordered"
                 tasks[arch, problem.flag_text, fusion] = problem, tuned(problem, "bf16", **axes), slug
-            structures = product(kind.axes(problem).get("bias", ())[1:], ("half_step", "one_sweep"), ("stored", "packed"))
-            for bias, fusion, operands in structures:
+            fusions = ("half_step", "split_step", "one_sweep", "three_sweeps")
+            for bias, fusion, operands in product(kind.axes(problem).get("bias", ())[1:], fusions, ("stored", "packed")):
                 variant = tuned(problem, "bf16", BLOCK_M=128, bias=bias, fusion=fusion, operands=operands)
                 if fusion in kind.axes(problem)["fusion"] and not kind.fits(problem, variant, gpu(slug)):
                     tasks[arch, problem.flag_text, fusion, bias, operands] = problem, variant, slug
@@ -74,6 +77,9 @@ def test_compiles_for_every_architecture(name: str) -> None:
         ("h100", "alternating", {"bias": "wgmma", "num_stages": 1}, 3.5),
         ("a100", "symmetric", {"bias": "mma", "BLOCK_M": 256, "num_stages": 1}, 7.8),
         ("a100", "alternating", {"bias": "mma", "BLOCK_M": 256, "num_stages": 1}, 5.8),
+        ("h100", "debiased", {"bias": "wgmma", "num_stages": 2}, 5.1),
+        ("h100", "symmetric", {"bias": "wgmma", "num_stages": 2, "sums": "ordered"}, 5.1),
+        ("a100", "debiased", {"bias": "mma", "BLOCK_M": 256, "num_stages": 1, "sums": "ordered"}, 7.8),
     ],
 )
 def test_issue_slots_of_biases_in_the_product(slug: str, schedule: str, axes: dict[str, int | str], slots: float) -> None:
@@ -83,8 +89,10 @@ def test_issue_slots_of_biases_in_the_product(slug: str, schedule: str, axes: di
     """
     d, precision = int(axes.pop("d", 64)), str(axes.pop("precision", "tf32"))
     problem = family("sinkhorn").problem(4096, 4096, d, schedule=schedule)
-    fusion = {"fusion": "one_sweep", "SPLITS": 8} if schedule == "symmetric" else {"fusion": "half_step"}
-    variant = tuned(problem, precision, **{"BLOCK_M": 128, "BLOCK_K": power_of_two(d), **axes, **fusion})
+    fusion = {"symmetric": "one_sweep", "debiased": "three_sweeps"}.get(schedule, "half_step")
+    fusion = "split_step" if "operands" in axes and fusion == "half_step" else fusion
+    swept = {"fusion": fusion, **({"SPLITS": 8} if fusion != "half_step" else {})}
+    variant = tuned(problem, precision, **{"BLOCK_M": 128, "BLOCK_K": power_of_two(d), **axes, **swept})
     assert family("sinkhorn").fits(problem, variant, gpu(slug)) == ""
     with Pool(compile=Role(1, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
         pool.submit("compile", 0, inspect_variants, problem, [variant], slug)
@@ -183,7 +191,7 @@ def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))
                 tasks[problem.flag_text, fusion] = problem, variant, "a100"
-                if fusion in ("half_step", "one_sweep"):
+                if fusion in ("half_step", "one_sweep", "three_sweeps"):
                     tasks[problem.flag_text, fusion, "mma"] = problem, variant.with_(bias="mma", precision="tf32"), "a100"
     assert {key: o.message for key, o in compile_all(tasks).items() if o.status != "ok"} == {}
 

@@ -11,7 +11,7 @@ import pytest
 from kinds import every, standard
 from triton.runtime.interpreter import InterpretedFunction
 
-from otgen.candidates import Refinements
+from otgen.candidates import Refinements, legal_variants
 from otgen.errors import UsageError
 from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS
@@ -32,23 +32,25 @@ BATCHES = [
 
 
 def legal(problem: Problem, gpu: str = "a100") -> list[Variant]:
-    kind = family(problem.family)
-    axes = kind.listed_axes(problem)
-    variants = (Variant(dict(zip(axes, values))) for values in product(*axes.values()))
-    return [variant for variant in variants if not kind.fits(problem, variant, GPUS[gpu])]
+    """The plain ones."""
+    return legal_variants(problem, GPUS[gpu])
 
 
 def spread(problem: Problem, count: int) -> list[Variant]:
-    """`count` legal variants: every combination of structural axes turns up before a tile repeats one, refined at random."""
+    """`count` legal variants: every combination of structural axes turns up before a tile repeats one; some are refined."""
     groups: dict[tuple[object, ...], list[Variant]] = {}
-    for variant in legal(problem):
+    variants = legal(problem)
+    for variant in variants:
         resident = variant.int("BLOCK_K") >= problem.d
-        groups.setdefault((variant.get("fusion"), variant.get("bias"), variant["stabiliser"], resident), []).append(variant)
+        groups.setdefault(
+            (*(variant.get(axis) for axis in ("fusion", "bias", "operands")), variant["stabiliser"], resident), []
+        ).append(variant)
     chooser = random.Random(str(problem))
     order = [chooser.choice(group) for _, group in sorted(groups.items(), key=str)]
-    order += [chooser.choice(legal(problem)) for _ in range(count - len(order))]
-    refinements = Refinements(problem, GPUS["a100"])
-    return [chooser.choice([variant, *refinements.near(variant)]) for variant in order]
+    chosen = [*order, *(chooser.choice(variants) for _ in range(count - len(order)))]
+    refined = [Refinements(problem, GPUS["a100"]).near(variant) for variant in chosen[1::2]]
+    chosen[1::2] = [chooser.choice([*others, variant]) for others, variant in zip(refined, chosen[1::2])]
+    return chosen
 
 
 @pytest.mark.parametrize("problem", PROBLEMS + BATCHES, ids=str)
@@ -143,7 +145,10 @@ def test_a_wrong_kernel_is_told_from_a_right_one() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"shedule": "symmetric"}, "Did you mean 'schedule'"), ({"schedule": "jacobi"}, "known: alternating, own, symmetric")],
+    [
+        ({"shedule": "symmetric"}, "Did you mean 'schedule'"),
+        ({"schedule": "jacobi"}, "known: alternating, debiased, own, symmetric"),
+    ],
 )
 def test_unknown_flags(flags: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -172,7 +177,7 @@ def test_values_outside_the_space_are_refused(axes: dict[str, object], message: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_variant_from_before_an_axis_was_added_has_the_default_of_it(name: str) -> None:
     kind = family(name)
-    problem = kind.problem(64, 64, 64)
+    problem = standard(kind, 64, 64, 64)[-1]
     default = kind.default(problem)
     old = {axis: value for axis, value in default.items() if axis not in kind.later_axes}
     assert kind.check(problem, old) == Variant(old)

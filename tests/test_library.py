@@ -23,6 +23,7 @@ NUMBERS = {
     "sinkhorn_half_step": {"scale": 1.5, "damping": 0.9, "step": 0.75},
     "sinkhorn_symmetric_step": {"scale": 1.5, "damping_a": 0.9, "damping_b": 0.8, "step": 0.5},
     "sinkhorn_own_step": {"scale": 1.5, "damping": 0.9, "step": 0.75},
+    "sinkhorn_debiased_step": {"scale": 1.5, "damping_a": 0.9, "damping_b": 0.8, "step": 0.5},
     "apply_plan": {"scale": 1.5},
     "plan_gradient": {"scale": 1.5, "cost": 0.5},
     "hvp_matvec": {"scale": 1.5, "alpha": 0.3, "beta": 0.7},
@@ -33,13 +34,14 @@ TENSORS = {
     "sinkhorn_half_step": ("x", "y", "u", "v", "b", "x_sq"),
     "sinkhorn_symmetric_step": ("x", "y", "u", "v", "a", "b", "x_sq", "y_sq"),
     "sinkhorn_own_step": ("x", "x", "u", "a", "x_sq"),
+    "sinkhorn_debiased_step": ("x", "y", "u", "v", "p", "q", "a", "b", "x_sq", "y_sq"),
     "apply_plan": ("x", "y", "u", "v", "a", "b", "values"),
     "plan_gradient": ("x", "y", "u", "v", "a", "b", "a"),
     "hvp_matvec": ("x", "y", "u", "v", "a", "b", "v", "u"),
     "hvp_assemble": ("x", "y", "u", "v", "a", "b", "a", "x", "u", "v"),
 }
 
-BATCHED = ["sinkhorn_half_step", "sinkhorn_symmetric_step", "sinkhorn_own_step", "apply_plan", "plan_gradient"]
+BATCHED = [name for name in TENSORS if not name.startswith("hvp")]
 
 KINDS = [(name, None) for name in TENSORS] + [(name, 2) for name in BATCHED]
 
@@ -75,7 +77,8 @@ def tensors(dtype=torch.float64, batch=None, n=9, m=7):
         x, y, a, b = problem(n, m, 2, seed, dtype)
         u, v = 0.1 * x.sum(1) - seed, 0.2 * y.sum(1)
         squares = {"x_sq": x.square().sum(1), "y_sq": y.square().sum(1)}
-        parts.append({"x": x, "y": y, "a": a, "b": b, "u": u, "v": v, **squares, "values": torch.cat((y, y[:, :1]), 1)})
+        alone = {"p": 0.5 * u, "q": 0.5 * v}
+        parts.append({"x": x, "y": y, "a": a, "b": b, "u": u, "v": v, **alone, **squares, "values": torch.cat((y, y[:, :1]), 1)})
     return parts[0] if batch is None else {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 

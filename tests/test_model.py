@@ -258,6 +258,11 @@ def test_launch_costs_of_each_fusion() -> None:
     assert sweep.tile_bytes > first.tile_bytes, "atomic column sums"
     split, _ = launch_costs(problem, TILE.with_(SPLITS=4), A100, [hot, launch(Mix())])
     assert (split.programs, split.iterations) == (4 * sweep.programs, sweep.iterations / 4)
+    ordered, adds = launch_costs(problem, TILE.with_(SPLITS=4, sums="ordered"), A100, [hot, launch(Mix())])
+    assert sweep.tile_bytes - ordered.tile_bytes == 64 * (32 - 4), "column sums written, and no atomics"
+    assert (adds.program_bytes - finish.program_bytes) * 48 == pytest.approx(4 * 128 * (32 * 4 + 16 * 32)), (
+        "shares of rows, of columns"
+    )
 
 
 def test_matrix_outputs_add_a_second_product() -> None:

@@ -27,7 +27,7 @@ def case(name: str, axes: dict[str, int | str], **flags: int | str) -> tuple[Pro
     return family(name).problem(4096, 4096, 64, **flags), Variant(TILE, **axes)
 
 
-PACKED: dict[str, int | str] = {"fusion": "half_step", "bias": "wgmma", "operands": "packed", "precision": "fp16"}
+PACKED: dict[str, int | str] = {"fusion": "split_step", "SPLITS": 4, "bias": "wgmma", "operands": "packed", "precision": "fp16"}
 
 CASES = {
     "sinkhorn_alternating": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating"),
@@ -36,6 +36,9 @@ CASES = {
     "sinkhorn_one_launch": case("sinkhorn", {"fusion": "one_launch", "SPLITS": 1}, schedule="symmetric"),
     "sinkhorn_one_sweep": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 1}, schedule="symmetric"),
     "sinkhorn_one_sweep_split": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4}, schedule="symmetric"),
+    "sinkhorn_one_sweep_ordered": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4, "sums": "ordered"}, schedule="symmetric"),
+    "sinkhorn_debiased": case("sinkhorn", {"fusion": "three_sweeps", "SPLITS": 4, "sums": "ordered"}, schedule="debiased"),
+    "sinkhorn_debiased_batch": case("sinkhorn", {"fusion": "three_sweeps", "SPLITS": 4}, schedule="debiased", batch=64),
     "sinkhorn_own": case("sinkhorn", {"fusion": "half_step", "SPLITS": 1}, schedule="own"),
     "sinkhorn_half_sweep": case("sinkhorn", {"fusion": "half_sweep", "SPLITS": 4}, schedule="own"),
     "sinkhorn_alternating_mma": case("sinkhorn", {"fusion": "half_step", "bias": "mma"}, schedule="alternating"),
@@ -65,13 +68,15 @@ def test_goldens_cover_every_family_fusion_and_bias_and_nothing_else() -> None:
     problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values() if problem.batch == 1}
     combinations = [(kind.name, flags) for kind in FAMILIES.values() for flags in kind.standard(4096, 4096, 64)]
     assert problems == {(name, next(iter(flags.values()))) for name, flags in combinations}
-    for schedule in ("symmetric", "own"):
+    for schedule in ("symmetric", "own", "debiased"):
         problem = family("sinkhorn").problem(1, 1, 1, schedule=schedule)
         assert {v["fusion"] for p, v in CASES.values() if p.flags == problem.flags} == set(
             family("sinkhorn").axes(problem)["fusion"]
         )
     biases = {family("sinkhorn").complete(p, v)["bias"] for p, v in CASES.values() if p.family == "sinkhorn"}
     assert biases == set(family("sinkhorn").axes(problem)["bias"])
+    sums = {v.get("sums", "atomic") for p, v in CASES.values() if p.family == "sinkhorn"}
+    assert sums == set(family("sinkhorn").axes(problem)["sums"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -101,13 +101,6 @@ def test_one_sweep_needs_a_shift() -> None:
     assert "common shift" in KIND.fits(SYMMETRIC, variant, gpu("a100"))
 
 
-FUSIONS = {
-    ("alternating", "half_step"),
-    ("symmetric", "two_launches"),
-    ("symmetric", "one_launch"),
-    ("own", "half_step"),
-}
-
 IN_PRODUCT = {
     "mma": {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4},
     "wgmma": {"bias": "wgmma", "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4},
@@ -141,19 +134,19 @@ def test_biases_from_the_product_at_awkward_shapes(bias: str, shape: tuple[int, 
             assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
 
 
-PACKED = {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "stabiliser": "shifted", "operands": "packed"}
+PACKED = {"bias": "mma", "BLOCK_M": 32, "BLOCK_N": 16, "stabiliser": "shifted", "operands": "packed", "fusion": "split_step"}
 
 
 @pytest.mark.parametrize("precision", [mode for mode in MODES if MODES[mode].packed])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("schedule", "fusion"), sorted(FUSIONS))
+@pytest.mark.parametrize(("schedule", "fusion"), [("alternating", "split_step"), ("symmetric", "one_sweep"), ("own", "half_sweep")])
 def test_packed_operands_agree_with_float64(precision: str, batch: int, schedule: str, fusion: str) -> None:
     """Within their own mode's budget: a packed operand is rounded in the interpreter too. Of one or two depths."""
     for n, m, d in ((1, 1, 1), (70, 45, 3), (33, 200, 4), (31, 7, 40)):
         problem = KIND.problem(n, n if schedule == "own" else m, d, schedule=schedule, batch=batch)
         axes = {**PACKED, "BLOCK_K": tiles.power_of_two(d), "fusion": fusion, "precision": precision}
-        for splits in (1, 4) if fusion in sinkhorn.SWEPT else (1,):
-            variant = KIND.default(problem).with_(**axes, **({"SPLITS": splits} if schedule != "alternating" else {}))
+        for splits, sums in ((1, "atomic"), (4, "ordered")):
+            variant = KIND.default(problem).with_(**axes, SPLITS=splits, sums=sums)
             assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
 
 
@@ -186,15 +179,15 @@ def test_what_packed_operands_cannot_hold_is_redone(offset: float) -> None:
     given = {**sinkhorn.inputs(SYMMETRIC, 1), "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
     expected = sinkhorn.reference(SYMMETRIC, given)["u_out"]
     given["u"][::7] += offset
-    for fusion in ("two_launches",):
-        found = run(SYMMETRIC, given, fusion=fusion, precision="fp16x3", **PACKED, BLOCK_K=16)
-        torch.testing.assert_close(found["u_out"], expected, rtol=1e-6, atol=2e-2 if abs(offset) > 3000 else 1e-3)
+    found = run(SYMMETRIC, given, **{**PACKED, "fusion": "one_sweep"}, precision="fp16x3", BLOCK_K=16)
+    torch.testing.assert_close(found["u_out"], expected, rtol=1e-6, atol=2e-2 if abs(offset) > 3000 else 1e-3)
 
 
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"operands": "stored"}, "fp16x3 products are of packed operands"),
+        ({"fusion": "half_step"}, "to the launch that updates"),
+        ({"operands": "stored", "fusion": "half_step"}, "fp16x3 products are of packed operands"),
         ({"precision": "tf32"}, "not of 16 bits"),
         ({"bias": "added"}, "hold the biases"),
         ({"BLOCK_K": 32}, "all coordinates at once"),
@@ -209,6 +202,26 @@ def test_when_operands_can_be_packed(axes: dict[str, int | str], message: str) -
     variant = KIND.default(problem).with_(**{**PACKED, "BLOCK_M": 128, "BLOCK_K": 64, "precision": "fp16x3", **axes})
     found = KIND.fits(problem, variant, gpu("a100"))
     assert message in found if message else found == ""
+
+
+@pytest.mark.parametrize("bias", ["added", "mma"])
+@pytest.mark.parametrize("sums", ["atomic", "ordered"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_programs_that_share_a_row_agree_with_float64(bias: str, sums: str, batch: int) -> None:
+    """A half-step whose columns are split among programs, down to one tile each, and to none."""
+    for n, m, d in ((1, 1, 1), (70, 45, 3), (33, 200, 17)):
+        problem = KIND.problem(n, m, d, batch=batch)
+        axes = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": tiles.power_of_two(d), "stabiliser": "shifted", "fusion": "split_step"}
+        for splits in (2, 16):
+            variant = KIND.default(problem).with_(**axes, bias=bias, sums=sums, SPLITS=splits)
+            assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
+
+
+def test_only_a_shared_row_takes_a_second_launch() -> None:
+    variant = KIND.default(ALTERNATING).with_(fusion="split_step", stabiliser="shifted")
+    assert "to itself can update it" in KIND.fits(ALTERNATING, variant, gpu("a100"))
+    assert KIND.fits(KIND.problem(4096, 4096, 8), variant.with_(SPLITS=8), gpu("a100")) == ""
+    assert "common shift" in KIND.fits(ALTERNATING, variant.with_(SPLITS=8, stabiliser="running"), gpu("a100"))
 
 
 @pytest.mark.parametrize("bias", [*IN_PRODUCT, "added"])

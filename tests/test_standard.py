@@ -52,7 +52,7 @@ def test_the_standard_set_does_without() -> None:
     assert flags(combinations("transport", *SHAPE, "fp32", {"output": "matrix", "width": 48})) == [
         {"output": "matrix", "width": 48}
     ]
-    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == (3 + 2) * 20
+    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == (4 + 2) * 20
 
 
 @pytest.mark.usefixtures("batched")

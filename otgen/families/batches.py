@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 PER_PROBLEM = ("scale", "damping", "damping_a", "damping_b")
 
-PADDING = {"rho": 1.0, "gamma": 1.0, "out": 0.0}
+PADDING = {"rho": 1.0, "gamma": 1.0, "rho_p": 1.0, "rho_q": 1.0, "out": 0.0}
 """What a kernel writes for padding, besides potentials, which it copies from the input they are the update of."""
+
+SECOND = ("v_out", "gamma", "q_out", "rho_q")
+"""Outputs that belong to the columns."""
 
 Inputs = Callable[[Problem, int], dict[str, Any]]
 Reference = Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
@@ -79,7 +82,7 @@ def reference(of: Reference) -> Reference:
         for name in expected[0]:
             values = _padded([one[name] for one in expected])
             kept = given[name.removesuffix("_out")] if name.endswith("_out") else values.new_full(values.shape, PADDING[name])
-            counts = given["columns" if name in ("v_out", "gamma") else "rows"]
+            counts = given["columns" if name in SECOND else "rows"]
             real = _inside(values, counts)
             found[name] = kept.where(~real, values)
         return found
@@ -95,7 +98,7 @@ def budget(of: Budget) -> Budget:
             return of(problem, variant, given, expected)
         allowed = []
         for i, (part, one) in enumerate(given["parts"]):
-            own = {name: value[i, : part.m if name in ("v_out", "gamma") else part.n] for name, value in expected.items()}
+            own = {name: value[i, : part.m if name in SECOND else part.n] for name, value in expected.items()}
             allowed.append(of(part, variant, one, own))
         return {name: max(one[name] for one in allowed) for name in allowed[0]}
 

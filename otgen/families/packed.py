@@ -68,9 +68,9 @@ def stored_precision(variant: Variant) -> str:
 
 
 def packing(n: int, m: int, variant: Variant, batch: int) -> Sweep:
-    """The launch that packs both clouds, up to whole tiles."""
-    fill = max(variant.int("BLOCK_M"), variant.int("BLOCK_N"))
-    return Sweep((ceil(n / fill) + ceil(m / fill)) * (fill // PACKED_POINTS) * batch, 0, (n + m) * batch)
+    """The launch that packs both clouds, up to whole tiles; from the diagonal on these begin anywhere, and one is spare."""
+    fill, spare = max(variant.int("BLOCK_M"), variant.int("BLOCK_N")), 2 * (variant["fusion"] == "half_sweep")
+    return Sweep((ceil(n / fill) + ceil(m / fill) + spare) * (fill // PACKED_POINTS) * batch, 0, (n + m) * batch)
 
 
 def packed_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:

@@ -191,16 +191,45 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
     return End(at, *last, u, v, u_full, v_full, n, (n + 2) * (1 if own else at.sweeps), met, own)
 
 
+def run_together(steps: Steps, eps: tuple[float, ...], *, last_extrapolation: bool) -> tuple[End, End, End]:
+    """`run` through these regularisations for a problem and for each side with itself, in one launch an iteration.
+
+    For marginals relaxed alike and clouds without labels: no pair has to be moved, and one potential stands for a side alone.
+    """
+    at = steps.at(eps[0])
+    starts = [side.scaled(torch.zeros_like(side.clouds.a), torch.zeros_like(side.clouds.b)) for side in _three(at)]
+    found = at.debiased(*starts[0], starts[1][0], starts[2][0], 1.0)
+    for reg in eps:
+        u, v, p, q = (potential * (at.eps / reg) for potential in found)
+        at = steps.at(reg)
+        found = at.debiased(u, v, p, q, 0.5)
+    full = at.debiased(*found, 1.0)
+    last = full if last_extrapolation else found
+
+    def end(side: Steps, i: int, j: int) -> End:
+        (u, v), (u_old, v_old), (u_full, v_full) = ((state[i], state[j]) for state in (last, found, full))
+        return End(side, u, v, u_old, v_old, u_full, v_full, len(eps), len(eps) + 2, None, own=i == j)
+
+    cross, own_a, own_b = _three(at)
+    return end(cross, 0, 1), end(own_a, 2, 2), end(own_b, 3, 3)
+
+
+def _three(steps: Steps) -> tuple[Steps, Steps, Steps]:
+    """The problem, and those of each side with itself."""
+    return steps, steps.alone, steps.swapped.alone
+
+
 @dataclass(frozen=True, eq=False)
 class Extrapolated:
     """The value V of a problem, less half of each side's own when debiased.
 
-    Its methods are those that `otgen.solvers.value.DualValue` asks for.
+    together  whether one launch advanced all three. Methods are those that `otgen.solvers.value.DualValue` asks for
     """
 
     cross: End
     own_a: End | None = None
     own_b: End | None = None
+    together: bool = False
 
     @property
     def ends(self) -> tuple[End, ...]:
@@ -244,7 +273,8 @@ class Extrapolated:
         """The same with marginals, for an OTResult; one more sweep for each problem."""
         found = []
         for end in self.ends:
-            clouds, flags = end.steps.clouds, ops.OWN if end.own else ops.SYMMETRIC
+            clouds = self.cross.steps.clouds if self.together else end.steps.clouds
+            flags = ops.DEBIASED if self.together else ops.OWN if end.own else ops.SYMMETRIC
             choice = ops.kernel("sinkhorn", clouds.x, clouds.y, flags, end.steps.modes).choice
             found.append(Solution(end.steps, end.outcome(), choice))
         return Divergence(*found)
@@ -255,9 +285,11 @@ class Extrapolated:
 
 def solve(steps: Steps, schedule: Schedule, *, debias: bool) -> Extrapolated:
     """The schedule for a problem and, when debiased, for each side with itself."""
+    alike = steps.rho_a == steps.rho_b
+    if debias and alike and schedule.threshold is None and steps.clouds.opposite is None:
+        return Extrapolated(*run_together(steps, schedule.eps, last_extrapolation=schedule.last_extrapolation), together=True)
     cross = run(steps, schedule)
     if not debias:
         return Extrapolated(cross)
-    alike = steps.rho_a == steps.rho_b
-    own = (replace(steps, clouds=clouds.own) for clouds in (steps.clouds, steps.clouds.swapped))
-    return Extrapolated(cross, *(run(problem, schedule, own=alike) for problem in own))
+    own_a, own_b = (run(problem, schedule, own=alike) for problem in _three(steps)[1:])
+    return Extrapolated(cross, own_a, own_b)

@@ -152,6 +152,19 @@ class Steps:
         return self.relaxed(u_out, u, step), self.swapped.relaxed(v_out, v, step), rho, gamma
 
     @property
+    def alone(self) -> Steps:
+        """The problem of the first side with itself."""
+        return replace(self, clouds=self.clouds.own)
+
+    def debiased(self, u: Tensor, v: Tensor, p: Tensor, q: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`both` of (u, v), `own` of each side's p and q alone, in one launch: the potentials. For clouds without labels."""
+        c = self.clouds
+        out = ops.sinkhorn_debiased_step(c.x, c.y, u, v, p, q, c.a, c.b, c.x_sq, c.y_sq, step=step, **self.launch)
+        sides = self, self.swapped, self.alone, self.swapped.alone
+        u, v, p, q = (side.relaxed(new, old, step) for side, new, old in zip(sides, out, (u, v, p, q)))
+        return u, v, p, q
+
+    @property
     def launch(self) -> dict[str, Any]:
         """What every launch of `otgen.ops` for this problem is told."""
         return {"scale": scale(self.eps), "modes": self.modes, "extents": self.clouds.extents}
