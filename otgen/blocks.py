@@ -49,6 +49,15 @@ def load_points(ptr, points, count, k, D: tl.constexpr, BLOCK_K: tl.constexpr, M
 
 
 @triton.jit
+def described_block(ptr, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What `load_block` reads BLOCK points of a cloud from by one request: its descriptor, made by the program that uses it.
+
+    The copy unit fills in zeros outside the cloud. Rows must be multiples of 16 bytes and begin at one.
+    """
+    return tl.make_tensor_descriptor(ptr, shape=[count, D], strides=[D, 1], block_shape=[BLOCK, BLOCK_K])
+
+
+@triton.jit
 def product(p, q, start, PRECISION: tl.constexpr):
     """start + p·q with fp32 accumulation and the rounding of operands that PRECISION names.
 
@@ -170,26 +179,40 @@ def exp2(s, BY_FMA: tl.constexpr):
 
 @triton.jit
 def load_block(
-    ptr, first, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr, WHOLE: tl.constexpr
+    ptr,
+    first,
+    count,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
-    """Coordinates of BLOCK points from `first` on, zero outside the cloud. WHOLE: all lie inside, nothing has to be masked."""
-    if WHOLE:
+    """Coordinates of BLOCK points from `first` on, zero outside the cloud. WHOLE: all lie inside, nothing has to be masked.
+
+    ptr       a pointer, or a descriptor of such blocks
+    EVICTION  whether L2 shall keep them longest, "evict_last"; of whole blocks only
+    """
+    if isinstance(ptr, tl.tensor_descriptor):
+        return ptr.load([first, 0])
+    elif WHOLE:
         dims = tl.arange(0, BLOCK_K)
         places = ptr + first * tl.full([], D, tl.int64) + tl.arange(0, BLOCK)[:, None] * D + dims[None, :]
         if MASK_K:
-            return tl.load(places, mask=(dims < D)[None, :], other=0.0)
+            return tl.load(places, mask=(dims < D)[None, :], other=0.0, eviction_policy=EVICTION)
         else:
-            return tl.load(places)
+            return tl.load(places, eviction_policy=EVICTION)
     else:
         return load_points(ptr, first + tl.arange(0, BLOCK), count, 0, D, BLOCK_K, MASK_K)
 
 
 @triton.jit
-def load_some(ptr, first, count, other, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """BLOCK numbers from `first` on, `other` beyond the last. WHOLE: that many are left."""
+def load_some(ptr, first, count, other, BLOCK: tl.constexpr, WHOLE: tl.constexpr, EVICTION: tl.constexpr = ""):
+    """BLOCK numbers from `first` on, `other` beyond the last. WHOLE: that many are left. EVICTION as in `load_block`."""
     places = tl.arange(0, BLOCK)
     if WHOLE:
-        return tl.load(ptr + first + places)
+        return tl.load(ptr + first + places, eviction_policy=EVICTION)
     else:
         return tl.load(ptr + first + places, mask=first + places < count, other=other)
 
@@ -259,16 +282,26 @@ def biased_score(
     WHOLE: tl.constexpr,
     ACROSS_WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """S of the BLOCK columns from `first` on, which come first, (BLOCK, M); LOWEST beyond the last. WHOLE: all of them exist.
 
     x from `scaled_operand`, u from `row_biases`. An infinite bias makes NaN.
     """
-    v = load_some(v_ptr, first, m, LOWEST, BLOCK, WHOLE)
-    y = load_block(y_ptr, first, m, BLOCK, D, BLOCK_K, MASK_K, WHOLE)
+    v = load_some(v_ptr, first, m, LOWEST, BLOCK, WHOLE, EVICTION)
+    y = load_block(y_ptr, first, m, BLOCK, D, BLOCK_K, MASK_K, WHOLE, EVICTION)
     start = tl.zeros([BLOCK, x.shape[0]], tl.float32)
     start = product(column_biases(v, ACROSS_WARPS), tl.trans(u), start, "bf16")
     return product(y, tl.trans(x), start, PRECISION)
+
+
+@triton.jit
+def in_groups(number, blocks, parts, GROUP: tl.constexpr):
+    """(block, part) of a program: GROUP blocks after each other take the same part, then the next one; then come other blocks."""
+    first = number // (GROUP * parts) * GROUP
+    size = tl.minimum(blocks - first, GROUP)
+    number %= GROUP * parts
+    return first + number % size, number // size
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from otgen.errors import CompileError
 from otgen.families import family
@@ -28,6 +29,7 @@ class Kernel:
     spills        bytes of local memory the kernel stores to, as instructions count them
     shared_bytes  per program                          code          its instructions: SASS, or amdgcn on AMD
     binary        cubin or hsaco                       ptx           "" on AMD
+    tensor_memory columns of it per program, 0 where it uses none
     """
 
     name: str
@@ -39,6 +41,7 @@ class Kernel:
     code: str
     binary: bytes
     ptx: str
+    tensor_memory: int = 0
 
     @property
     def programs(self) -> int:
@@ -91,7 +94,8 @@ def compile_variant(problem: Problem, variant: Variant, slug: str) -> list[Kerne
     """Renders and compiles `variant` for the GPU called `slug`; one entry per launch, in launch order.
 
     Runs in a process whose TRITON_INTERPRET is unset.
-    Raises CompileError when the compiler refuses it (status compile_error) or it exceeds the GPU's shared memory (resource).
+    Raises CompileError when the compiler refuses it (status compile_error) or it exceeds the GPU's shared memory or tensor
+    memory (resource).
     """
     return read_kernels(_build(problem, variant, gpu(slug)), gpu(slug))
 
@@ -142,6 +146,7 @@ def _launches(problem: Problem, variant: Variant, target: Gpu, kernels: Sequence
             kernel.spills,
             kernel.shared_bytes,
             tile_mix(problem, variant, target, kernel.code) if sweep.tiles else Mix(),
+            kernel.tensor_memory,
         )
         for kernel, sweep in zip(kernels, sweeps)
     ]
@@ -169,7 +174,17 @@ def _build(problem: Problem, variant: Variant, target: Gpu) -> list[Launch]:
                 f"{name} needs {compiled.metadata.shared} bytes of shared memory; {target.slug} has {target.shared_per_block}",
                 "resource",
             )
+        if _tensor_memory(compiled) > target.tensor_memory:
+            raise CompileError(
+                f"{name} needs {_tensor_memory(compiled)} columns of tensor memory; {target.slug} has {target.tensor_memory}",
+                "resource",
+            )
     return builds
+
+
+def _tensor_memory(compiled: Any) -> int:
+    """Columns of tensor memory a program takes. Where they are too many, the compiler's code is a trap and no error."""
+    return getattr(compiled.metadata, "tmem_size", None) or 0
 
 
 def read_kernels(builds: Sequence[Launch], target: Gpu) -> list[Kernel]:
@@ -184,7 +199,10 @@ def _nvidia_kernel(build: Launch, code: str) -> Kernel:
     meta, asm = build.compiled.metadata, build.compiled.asm
     spills = sum(int(width or 32) // 8 for width in re.findall(r"\bSTL(?:\.(\d+))?\b", code))
     needed = registers(asm["cubin"])
-    return Kernel(build.name, build.grid, meta.num_warps, needed, spills, meta.shared, code, asm["cubin"], asm["ptx"])
+    resources = needed, spills, meta.shared
+    return Kernel(
+        build.name, build.grid, meta.num_warps, *resources, code, asm["cubin"], asm["ptx"], _tensor_memory(build.compiled)
+    )
 
 
 def _amd_kernel(build: Launch) -> Kernel:

@@ -7,6 +7,8 @@ Sources of the limits and rates shared by an architecture (`_ARCHITECTURE`):
 threads, blocks, shared memory, registers
     CUDA C++ Programming Guide, "Compute Capabilities", technical specifications per compute capability. For 12.0 it says 24 blocks
     and 100 KiB, which devices report; the Blackwell tuning guide differs.
+tensor memory
+    PTX ISA, "Tensor Memory": 512 columns of 128 lanes of 32 bits per SM, given in powers of two from 32 on.
 1 KiB of shared memory reserved per block, registers given in units of 256 per warp
     CUDA occupancy calculator, 8.0 and later.
 fp32, alu, mufu, shuffle lanes
@@ -58,6 +60,7 @@ class Gpu:
     arch                 compute capability × 10, or AMD's gfx name
     clock_mhz            boost clock at which the rates are turned into time
     shared_per_block     most shared memory one block may ask for (opt-in)
+    tensor_memory        columns of the tensor memory that an SM's programs share, 0 where there is none
     shared_reserved      shared memory the system takes from the SM for each resident block
     register_unit        registers are given to a warp in multiples of this many
     registers_per_thread the compiler's limit; more live values spill
@@ -97,6 +100,7 @@ class Gpu:
     shuffle_lanes: int = 32
     shared_bytes_per_cycle: int = 128
     matrix_fp32: int = 0
+    tensor_memory: int = 0
     approximate: bool = False
 
     def tensor_flops(self, unit: str) -> int:
@@ -134,7 +138,7 @@ _ARCHITECTURE: dict[int | str, dict[str, Any]] = {
     86: {**_ADA, "blocks_per_sm": 16, "tf32": 256, "half": 512, "l2_bytes_per_cycle": 16},
     89: {**_ADA, "tf32": 512, "half": 1024, "l2_bytes_per_cycle": 16},
     90: {**_HOPPER, "tf32": 2048, "half": 4096, "l2_bytes_per_cycle": 26},
-    100: {**_HOPPER, "tf32": 4096, "half": 8192, "l2_bytes_per_cycle": 26},
+    100: {**_HOPPER, "tf32": 4096, "half": 8192, "l2_bytes_per_cycle": 26, "tensor_memory": 512},
     120: {**_ADA, "tf32": 256, "half": 512, "l2_bytes_per_cycle": 16},
     "gfx942": {
         "shared_per_block": 64 * KIB,

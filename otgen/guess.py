@@ -16,7 +16,7 @@ from pathlib import Path
 
 from otgen.errors import CompileError
 from otgen.families import family
-from otgen.families.tiles import across_warps, exp2_by_fma
+from otgen.families.tiles import across_warps, exp2_by_fma, is_described
 from otgen.gpus import Gpu
 from otgen.isa import Mix
 from otgen.model import predict
@@ -53,6 +53,8 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
     features = tile_features(tile, variant, gpu)
     pairs = tile.m * tile.n / (gpu.warp_size * variant.int("num_warps"))
     slots, shared = (pairs * _weighted(what, kind, features) for what in ("slots", "shared"))
+    if is_described(variant):
+        shared = max(0.0, shared - pairs * features["loads"] * tile.itemsize / 4)  # what threads would store, 128 bytes a warp
     needed = ceil(_weighted("registers", kind, features))
     spilled = max(0, needed - gpu.registers_per_thread)
     running = features["running"]

@@ -56,7 +56,7 @@ ASSUMED = Assumptions()
 class LaunchCost:
     """One kernel launch.
 
-    programs, num_warps, registers (per thread), shared_bytes (per program)   its grid and resources
+    programs, num_warps, registers (per thread), shared_bytes, tensor_memory (columns; both per program)   its grid and resources
     iterations     tiles one program visits                  mix            warp instructions of one tile, per warp
     tensor_flops   FLOP of one tile on tensor cores, by operand type
     tile_bytes     read from L2 for one tile                 program_bytes  read and written by one program besides
@@ -77,6 +77,7 @@ class LaunchCost:
     cloud_bytes: float = 0.0
     pipelined: bool = True
     cold: bool = False
+    tensor_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Prediction:
     terms: dict[str, float | str]
 
 
-def occupancy(gpu: Gpu, num_warps: int, registers: int, shared_bytes: int) -> tuple[int, str]:
+def occupancy(gpu: Gpu, num_warps: int, registers: int, shared_bytes: int, tensor_memory: int = 0) -> tuple[int, str]:
     """Programs resident on one SM, and the resource that limits them; 0 when not even one fits."""
     warps = -(-num_warps // PARTITIONS) * PARTITIONS
     per_warp = -(-max(1, registers) * gpu.warp_size // gpu.register_unit) * gpu.register_unit
@@ -105,6 +106,8 @@ def occupancy(gpu: Gpu, num_warps: int, registers: int, shared_bytes: int) -> tu
         "threads": gpu.threads_per_sm // (num_warps * gpu.warp_size),
         "blocks": gpu.blocks_per_sm,
     }
+    if tensor_memory:
+        limits["tensor memory"] = gpu.tensor_memory // max(32, 1 << (tensor_memory - 1).bit_length())
     limit = min(limits, key=lambda name: limits[name])
     return limits[limit], limit
 
@@ -125,7 +128,7 @@ def predict(gpu: Gpu, launches: Sequence[LaunchCost], assumptions: Assumptions =
 
 
 def _predict_launch(gpu: Gpu, cost: LaunchCost, assumptions: Assumptions) -> dict[str, float | str]:
-    resident, limit = occupancy(gpu, cost.num_warps, cost.registers, cost.shared_bytes)
+    resident, limit = occupancy(gpu, cost.num_warps, cost.registers, cost.shared_bytes, cost.tensor_memory)
     if not resident:
         raise CompileError(
             f"expected at least one program per SM of {gpu.slug}; {cost.num_warps} warps of {cost.registers} registers with "

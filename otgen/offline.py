@@ -7,6 +7,7 @@ exactly what would run, specialised as it would be, and the launches and grids a
 from __future__ import annotations
 
 import re
+from inspect import unwrap
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ def launches_of(module: ModuleType, problem: Problem, target: Gpu) -> list[Launc
 
     log: list[Launch] = []
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    functions = [value for value in vars(module).values() if isinstance(value, FunctionType)]
+    functions = [unwrap(value) for value in vars(module).values() if isinstance(value, FunctionType)]
     launched = {name: kernels[name] for function in functions for name in function.__code__.co_names if name in kernels}
     stubs = {name: _Stub(a) if isinstance(a, Spec) else a for name, a in family(problem.family).arguments(problem).items()}
     driver.set_active(OfflineDriver(target))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from otgen import chunked, chunked_batch, chunked_debiased
+from otgen.families.tiles import DESCRIPTOR_UNIT, is_described
 from otgen.tracing import opaque
 
 if TYPE_CHECKING:
@@ -139,12 +140,20 @@ def _launch(
         each = {name: _per_problem(value, arguments["u"]) for name, value in each.items()}
         arguments |= {"rows": extents[0], "columns": extents[1]}
     arguments |= each
-    run = kernel(family, x, arguments["y"], flags, modes).launch
+    found = kernel(family, x, arguments["y"], flags, modes)
+    if found.choice is not None and is_described(found.choice.variant):
+        arguments |= {name: _aligned(arguments[name]) for name in ("x", "y")}
+    run = found.launch
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             run(**arguments)
     else:
         run(**arguments)
+
+
+def _aligned(points: Tensor) -> Tensor:
+    """`points`, copied if they are a view that begins where a tensor descriptor cannot."""
+    return points.clone() if points.data_ptr() % DESCRIPTOR_UNIT else points
 
 
 def _per_problem(value: Scalar, like: Tensor) -> Tensor:

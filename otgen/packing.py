@@ -71,10 +71,39 @@ def pack_points(
 
 
 @triton.jit
-def load_packed(packed_ptr, first, BLOCK: tl.constexpr, COLUMN: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns COLUMN … COLUMN+DEPTH of BLOCK packed points from `first` on; all exist."""
-    points = tl.arange(0, BLOCK)[:, None] * WIDTH
-    return tl.load(packed_ptr + first * tl.full([], WIDTH, tl.int64) + COLUMN + points + tl.arange(0, DEPTH)[None, :])
+def described_packed(packed_ptr, count, BLOCK: tl.constexpr, DEPTH: tl.constexpr, REST: tl.constexpr):
+    """What `load_packed` reads BLOCK packed points from by one request: descriptors of their first DEPTH and last REST columns."""
+    points, width = tl.cdiv(count, BLOCK) * BLOCK, DEPTH + REST
+    first = tl.make_tensor_descriptor(packed_ptr, shape=[points, width], strides=[width, 1], block_shape=[BLOCK, DEPTH])
+    if REST == 0:
+        return first, first
+    else:
+        return first, tl.make_tensor_descriptor(packed_ptr, shape=[points, width], strides=[width, 1], block_shape=[BLOCK, REST])
+
+
+@triton.jit
+def load_packed(
+    packed_ptr,
+    first,
+    BLOCK: tl.constexpr,
+    COLUMN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):
+    """Columns COLUMN … COLUMN+DEPTH of BLOCK packed points from `first` on; all exist.
+
+    packed_ptr  a pointer, or descriptors of blocks: of their first columns, of their last
+    EVICTION    whether L2 shall keep them longest, "evict_last"
+    """
+    if isinstance(packed_ptr, tl.tensor):
+        points = tl.arange(0, BLOCK)[:, None] * WIDTH
+        places = packed_ptr + first * tl.full([], WIDTH, tl.int64) + COLUMN + points + tl.arange(0, DEPTH)[None, :]
+        return tl.load(places, eviction_policy=EVICTION)
+    elif COLUMN == 0:
+        return packed_ptr[0].load([first, 0])
+    else:
+        return packed_ptr[1].load([first, COLUMN])
 
 
 @triton.jit
@@ -87,13 +116,14 @@ def packed_score(
     DEPTH: tl.constexpr,
     REST: tl.constexpr,
     ELEMENT: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """S of the BLOCK packed columns from `first` on, which come first, (BLOCK, M).
 
     x, x_rest  the first DEPTH and the last REST columns of the packed rows; with REST = 0 the second is not looked at
     """
-    y = load_packed(y_ptr, first, BLOCK, 0, DEPTH, DEPTH + REST)
+    y = load_packed(y_ptr, first, BLOCK, 0, DEPTH, DEPTH + REST, EVICTION)
     s = product(y, tl.trans(x), tl.zeros([BLOCK, x.shape[0]], tl.float32), ELEMENT)
     if REST > 0:
-        s = product(load_packed(y_ptr, first, BLOCK, DEPTH, REST, DEPTH + REST), tl.trans(x_rest), s, ELEMENT)
+        s = product(load_packed(y_ptr, first, BLOCK, DEPTH, REST, DEPTH + REST, EVICTION), tl.trans(x_rest), s, ELEMENT)
     return s

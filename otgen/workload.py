@@ -23,7 +23,9 @@ from otgen.problem import BYTES, Problem, Sweep, Variant, Work
 
 @dataclass(frozen=True, slots=True)
 class CompiledLaunch:
-    """A compiled launch, whatever n and m are: registers per thread, bytes per program, instructions of one tile."""
+    """A compiled launch, whatever n and m are: registers per thread, bytes of shared and columns of tensor memory per program, the
+    instructions of one tile.
+    """
 
     name: str
     num_warps: int
@@ -31,6 +33,7 @@ class CompiledLaunch:
     spills: int
     shared_bytes: int
     mix: Mix
+    tensor_memory: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,4 +155,5 @@ def launch_cost(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: Co
         cloud_bytes=float(sweep.streamed * tile.d * tile.itemsize),
         pipelined=variant.int("num_stages") > 1,
         cold=sweep.tiles == 0,
+        tensor_memory=launch.tensor_memory,
     )

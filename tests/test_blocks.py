@@ -15,6 +15,7 @@ from otgen.blocks import (
     column_biases,
     exp2,
     exp2_of_four,
+    in_groups,
     load_points,
     not_finite,
     out_of_range,
@@ -205,3 +206,21 @@ def test_the_assembly_of_a_mixture_computes_the_same_powers(by_fma: int) -> None
     for score, power in SPECIAL.items():
         assert _ptx(code, [np.float32(score)] * 4) == [np.float32(power)] * 4
     assert not (_ptx(code, [np.float32(np.nan)] * 4)[0] <= LARGEST_SUM.value)
+
+
+@triton.jit
+def _places(out, GROUP: tl.constexpr):
+    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    block, part = in_groups(number, tl.num_programs(0), tl.num_programs(1), GROUP)
+    tl.store(out + 2 * number, block)
+    tl.store(out + 2 * number + 1, part)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(("blocks", "parts"), [(1, 1), (1, 3), (7, 2), (8, 3), (5, 1)])
+def test_groups_of_blocks_take_part_after_part(blocks: int, parts: int, group: int) -> None:
+    """Each once, in this order, though the last group may be smaller; a group of one takes all its parts first."""
+    out = torch.full((blocks * parts, 2), -1, dtype=torch.int32)
+    _places[(blocks, parts)](out, GROUP=group)
+    groups = [range(first, min(first + group, blocks)) for first in range(0, blocks, group)]
+    assert out.tolist() == [[block, part] for members in groups for part in range(parts) for block in members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,7 @@ from otgen.gpus import GPUS, gpu
 from otgen.isa import parse
 from otgen.pool import Outcome, Pool, Role
 from otgen.problem import Problem, Variant
+from otgen.workload import tile_mix
 
 ARCHITECTURES = {entry.arch: slug for slug, entry in reversed(GPUS.items())}
 TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "stabiliser": "shifted"}
@@ -128,6 +130,65 @@ def test_exponentials_shared_with_the_multiply_add_units(slug: str) -> None:
         assert max(per_pair[1]["slots"], 8 * per_pair[1]["mufu"]) <= 6.1
 
 
+@pytest.mark.parametrize(("schedule", "fusion"), [("symmetric", "one_sweep"), ("own", "half_sweep")])
+def test_programs_in_groups_compile_for_every_architecture(schedule: str, fusion: str) -> None:
+    problem = family("sinkhorn").problem(4096, 4096, 64, schedule=schedule)
+    variant = tuned(problem, "bf16", fusion=fusion, SPLITS=4, GROUP=8)
+    assert not any(family("sinkhorn").fits(problem, variant, gpu(slug)) for slug in ARCHITECTURES.values())
+    outcomes = compile_all({arch: (problem, variant, slug) for arch, slug in ARCHITECTURES.items()})
+    assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
+    assert {outcome.value[0].grid for outcome in outcomes.values()} == {(64, 4)}
+
+
+@pytest.mark.parametrize("slug", ["h100", "b200", "rtx5090"])
+def test_tiles_fetched_by_descriptor_are_fetched_by_the_copy_unit(slug: str) -> None:
+    """The compiler may take pointers instead; each program has room for one descriptor of stored points, two of packed ones.
+
+    Threads then store no columns into shared memory: the tile's bytes, 128 to an access, are saved.
+    """
+    bias = "mma" if slug == "rtx5090" else "wgmma"
+    swept = {"fusion": "one_sweep", "SPLITS": 4, "bias": bias}
+    packed = {"bias": bias, "operands": "packed", "precision": "fp16"}
+    tasks = {}
+    for schedule, axes in (("alternating", {}), ("alternating", {"bias": bias}), ("symmetric", swept), ("alternating", packed)):
+        problem = family("sinkhorn").problem(4096, 4096, 64, schedule=schedule)
+        for loads in ("pointers", "descriptor"):
+            variant = tuned(problem, **{"precision": "tf32", "BLOCK_M": 128, "loads": loads, **axes})
+            assert family("sinkhorn").fits(problem, variant, gpu(slug)) == ""
+            tasks[str(axes), loads] = problem, variant, slug
+    outcomes = compile_all(tasks)
+    assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
+    for (axes, loads), outcome in outcomes.items():
+        copied = [kernel.code.count("UTMALDG") for kernel in outcome.value if kernel.name in ("half_step", "sweep")]
+        assert all((count > 0) == (loads == "descriptor") for count in copied), axes
+    problem, variant, _ = tasks["{}", "descriptor"]
+    written = [
+        tile_mix(problem, variant, gpu(slug), outcomes["{}", loads].value[0].code).shared for loads in ("pointers", "descriptor")
+    ]
+    assert written[0] - written[1] >= 64 * 64 * 4 / 128 / variant.int("num_warps") * 0.9
+
+
+@pytest.mark.parametrize("slug", ["h100", "a100", "b200", "rtx5090"])
+def test_streamed_columns_are_marked_for_l2_to_keep(slug: str) -> None:
+    """In loads of their own, LDG; rows and weights keep to the usual order, and the hint takes less than .2 slots a pair."""
+    problem = family("sinkhorn").problem(4096, 4096, 64)
+    bias = {"BLOCK_M": 128, "num_stages": 1, "bias": "mma" if slug in ("a100", "rtx5090") else "wgmma"}
+    axes = {"stored": {"precision": "tf32"}, "packed": {"precision": "fp16", "operands": "packed"}}
+    chosen = {
+        (operands, eviction): tuned(problem, **{**own, **bias, "eviction": eviction})
+        for operands, own in axes.items()
+        for eviction in ("normal", "last")
+    }
+    assert not any(family("sinkhorn").fits(problem, variant, gpu(slug)) for variant in chosen.values())
+    outcomes = compile_all({key: (problem, variant, slug) for key, variant in chosen.items()})
+    kernels = {key: next(kernel for kernel in outcome.value if kernel.name == "half_step") for key, outcome in outcomes.items()}
+    hints = {key: len(re.findall(r"LDG\.E\.EL", kernel.code)) for key, kernel in kernels.items()}
+    slots = {key: tile_mix(problem, chosen[key], gpu(slug), kernel.code).slots for key, kernel in kernels.items()}
+    for operands in axes:
+        assert hints[operands, "normal"] == 0 < hints[operands, "last"]
+        assert slots[operands, "last"] - slots[operands, "normal"] < 0.2 * 64
+
+
 def test_listings_read_together_are_those_of_cuobjdump(tmp_path: Path) -> None:
     """On every architecture: the same instructions, in the same places, with the same branch targets."""
     problem = family("sinkhorn").problem(4096, 4096, 64, schedule="symmetric")
@@ -203,6 +264,19 @@ def test_too_much_shared_memory_is_its_own_class() -> None:
     assert isinstance(outcome.error, CompileError)
     assert outcome.error.status == "resource"
     assert "l4 has 101376" in str(outcome.error)
+
+
+def test_too_much_tensor_memory_is_refused_like_shared_memory() -> None:
+    """The compiler's code would be a trap. A smaller tile says what it takes, which limits how many programs share an SM."""
+    problem = family("sinkhorn").problem(4096, 4096, 64)
+    variant = tuned(problem, "tf32", BLOCK_M=256, BLOCK_N=128, num_warps=8, bias="wgmma")
+    tasks = {name: (problem, chosen, "b200") for name, chosen in (("large", variant), ("small", variant.with_(bias="added")))}
+    outcomes = compile_all(tasks)
+    error = outcomes["large"].error
+    assert isinstance(error, CompileError)
+    assert error.status == "resource"
+    assert "half_step needs 520 columns of tensor memory; b200 has 512" in str(error)
+    assert [kernel.tensor_memory for kernel in outcomes["small"].value] == [256]
 
 
 def test_a_compiler_error_is_one_sentence() -> None:

@@ -183,6 +183,6 @@ def test_a_variant_from_before_an_axis_was_added_has_the_default_of_it(name: str
     assert kind.check(problem, old) == Variant(old)
     assert kind.complete(problem, old) == default
     assert source(problem, Variant(old)) == source(problem, default)
-    for axis in kind.later_axes:
+    for axis in [axis for axis in kind.later_axes if axis in default]:
         chosen = kind.axes(problem)[axis][-1]
         assert kind.complete(problem, {**old, axis: chosen})[axis] == chosen

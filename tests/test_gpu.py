@@ -15,6 +15,7 @@ from kinds import every
 
 import otgen
 from otgen import ops
+from otgen.candidates import Refinements
 from otgen.errors import ConvergenceWarning
 from otgen.families import FAMILIES, family, sinkhorn
 from otgen.families.sinkhorn import SWEPT
@@ -80,6 +81,42 @@ def test_every_kind_of_variant_agrees_with_float64(problem: Problem, variant: Va
     if misfit:
         pytest.skip(misfit)
     assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cuda")))
+
+
+@pytest.mark.parametrize("bias", ["added", "mma", "wgmma"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("schedule", "fusion"), [("alternating", "half_step"), ("symmetric", "one_sweep"), ("own", "half_sweep")])
+def test_every_refinement_agrees_with_float64(bias: str, batch: int, schedule: str, fusion: str) -> None:
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 1, "stabiliser": "shifted"}
+    problem = family("sinkhorn").problem(500, 500 if schedule == "own" else 301, MASKED, schedule=schedule, batch=batch)
+    split = {"SPLITS": 4} if schedule != "alternating" else {}
+    variant = family("sinkhorn").default(problem).with_(**tile, **split, bias=bias, fusion=fusion, precision="tf32")
+    refinements = Refinements(problem, detect())
+    if not refinements.allow(variant):
+        pytest.skip(family("sinkhorn").fits(problem, variant, detect()))
+    for refined in refinements.near(variant):
+        assert not list(failures(verify(problem, refined, load(problem, refined).launch, "cuda"))), refined
+
+
+def test_a_launch_by_descriptor_can_be_captured_in_a_cuda_graph() -> None:
+    """Its descriptors are in the graph's own memory."""
+    problem = family("sinkhorn").problem(500, 301, MASKED)
+    axes = {"BLOCK_K": 64, "stabiliser": "shifted", "loads": "descriptor"}
+    variant = family("sinkhorn").default(problem).with_(**axes)
+    if misfit := family("sinkhorn").fits(problem, variant, detect()):
+        pytest.skip(misfit)
+    call = call_arguments(problem, sinkhorn.inputs(problem, 0), "cuda")
+    launch = load(problem, variant).launch
+    launch(**call)
+    torch.cuda.synchronize()
+    expected, graph = call["u_out"].clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(**call)
+    call["u_out"].fill_(torch.nan)
+    junk = [torch.randn(1000, device="cuda") for _ in range(100)]
+    graph.replay()
+    assert torch.equal(call["u_out"], expected)
+    assert len(junk) == 100
 
 
 @pytest.mark.parametrize("problem", problems(1, 1, 1) + problems(65, 33, 17), ids=str)

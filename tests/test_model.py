@@ -106,6 +106,19 @@ def test_occupancy(slug: str, num_warps: int, registers: int, shared_bytes: int,
     assert occupancy(GPUS[slug], num_warps, registers, shared_bytes) == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [(0, (4, "registers")), (128, (4, "registers")), (160, (2, "tensor memory")), (512, (1, "tensor memory"))],
+)
+def test_programs_of_an_sm_share_its_tensor_memory(columns: int, expected: tuple[int, str]) -> None:
+    """512 columns, given in powers of two."""
+    assert occupancy(GPUS["b200"], 4, 128, 0, columns) == expected
+    compiled = CompiledLaunch("k", 4, 128, 0, 0, Mix(), columns)
+    (cost,) = launch_costs(SINKHORN.problem(4096, 4096, 64), TILE.with_(fusion="half_step"), GPUS["b200"], [compiled])
+    terms = predict(GPUS["b200"], [replace(SMALL, shared_bytes=0, tensor_memory=cost.tensor_memory)]).terms
+    assert (terms["occupancy"], terms["limit"]) == expected
+
+
 def test_a_program_that_does_not_fit_is_refused_with_the_reason() -> None:
     with pytest.raises(
         CompileError, match=r"4 warps of 128 registers with 110000 bytes of shared memory exceed its shared memory"
@@ -216,6 +229,17 @@ def test_biases_in_the_product_are_estimated_to_save_instructions(slug: str, bia
     assert tile.tensor_flops(gpu) == {**added.tensor_flops(gpu), "bf16": 2.0 * 128 * 64 * 16}
     half = TILE.with_(bias=bias, precision="bf16")
     assert Tile.of(problem, half, SINKHORN.work(problem, half)).tensor_flops(gpu) == {"bf16": 2.0 * 128 * 64 * (64 + 16)}
+
+
+def test_what_a_copy_unit_fetches_no_thread_stores() -> None:
+    """64 points of 64 numbers, 128 bytes an access, shared by 4 warps; nothing else is claimed before it is compiled."""
+    problem, gpu = symmetric(), GPUS["h100"]
+    variant = TILE.with_(bias="wgmma", loads="descriptor")
+    assert SINKHORN.fits(problem, variant, gpu) == ""
+    tile = Tile.of(problem, variant, SINKHORN.work(problem, variant))
+    (pointers, registers), (descriptor, needed) = (guess(tile, v, gpu) for v in (variant.with_(loads="pointers"), variant))
+    assert pointers.shared - descriptor.shared == pytest.approx(64 * 64 * 4 / 128 / 4)
+    assert (pointers.slots, registers) == (descriptor.slots, needed)
 
 
 def test_estimates_of_tiles_that_spill_or_do_not_fit() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Thread
+
 import pytest
 import torch
+from triton.runtime import _allocation
 
+from otgen import ops
+from otgen.dispatch import Choice
 from otgen.families import family, sinkhorn, tiles
 from otgen.gpus import gpu
 from otgen.precision import LOG2_E, MODES
@@ -237,6 +243,174 @@ def test_exponentials_on_multiply_add_units_change_no_sum(bias: str, by_fma: int
             plain, mixed = (run(problem, given, fusion=fusion, exp2_by_fma=k, **axes) for k in (0, by_fma))
             for name, value in plain.items():
                 torch.testing.assert_close(mixed[name], value, rtol=1e-6, atol=1e-5)
+
+
+STREAMED = ("alternating", "half_step"), ("symmetric", "one_launch"), ("symmetric", "one_sweep"), ("own", "half_sweep")
+
+
+@pytest.mark.parametrize("bias", [*IN_PRODUCT, "added"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_columns_fetched_by_descriptor_are_those_of_pointers(bias: str, batch: int) -> None:
+    """To the last bit where sums have an order: no tile, one, several and a part of one, no coordinate masked, or some."""
+    axes = {"stabiliser": "shifted", **IN_PRODUCT.get(bias, {"BLOCK_M": 32, "BLOCK_N": 16})}
+    for n, m, d in ((1, 1, 4), (33, 70, 20)):
+        for schedule, fusion in STREAMED:
+            problem = KIND.problem(n, n if schedule == "own" else m, d, schedule=schedule, batch=batch)
+            own = {"fusion": fusion, "BLOCK_K": tiles.power_of_two(d), **({"SPLITS": 2} if fusion in sinkhorn.SWEPT else {})}
+            given = KIND.inputs(problem, 0)
+            pointers, descriptor = (run(problem, given, **axes, **own, loads=loads) for loads in ("pointers", "descriptor"))
+            for name, value in pointers.items():
+                torch.testing.assert_close(descriptor[name], value, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("precision", [mode for mode in MODES if MODES[mode].packed])
+def test_packed_columns_fetched_by_descriptor_are_those_of_pointers(precision: str) -> None:
+    """Of one or two depths; 3 coordinates too, of which stored points could have no descriptor."""
+    for d in (3, 40):
+        n, m = 33, 21
+        for batch, (schedule, fusion) in ((1, ("alternating", "half_step")), (3, ("symmetric", "one_launch"))):
+            problem = KIND.problem(n, n if schedule == "own" else m, d, schedule=schedule, batch=batch)
+            axes = {**PACKED, "BLOCK_K": tiles.power_of_two(d), "fusion": fusion, "precision": precision}
+            given = KIND.inputs(problem, 0)
+            pointers, descriptor = (run(problem, given, **axes, loads=loads) for loads in ("pointers", "descriptor"))
+            for name, value in pointers.items():
+                torch.testing.assert_close(descriptor[name], value, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("offset", [-3000.0, 130.0])
+def test_what_was_fetched_by_descriptor_is_redone_by_pointers(offset: float) -> None:
+    given = {**sinkhorn.inputs(SYMMETRIC, 1), "damping_a": 1.0, "damping_b": 1.0, "step": 1.0}
+    given["x"], given["y"] = (torch.nn.functional.pad(given[name], (0, 3)) for name in ("x", "y"))
+    expected = sinkhorn.reference(SYMMETRIC, given)["u_out"]
+    given["u"][::7] += offset
+    problem = KIND.problem(70, 45, 8, schedule="symmetric")
+    for fusion in ("two_launches", "one_launch", "one_sweep"):
+        found = run(problem, given, fusion=fusion, stabiliser="shifted", loads="descriptor")
+        torch.testing.assert_close(found["u_out"], expected, rtol=1e-6, atol=1e-3)
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a view that begins 4 bytes after an address of descriptors."""
+    room = torch.empty(tensor.numel() + 1)
+    view = room[1:].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_a_launch_by_descriptor_refuses_what_is_not_aligned(name: str) -> None:
+    problem = KIND.problem(70, 45, 8)
+    variant = KIND.default(problem).with_(stabiliser="shifted", loads="descriptor")
+    call = call_arguments(problem, sinkhorn.inputs(problem, 0), "cpu")
+    call[name] = unaligned(call[name])
+    with pytest.raises(ValueError, match=rf"expected {name} at a multiple of 16 bytes.*type {name}.clone\(\)"):
+        load(problem, variant).launch(**call)
+
+
+def test_operators_copy_what_is_not_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view into somebody's tensor is no error of theirs."""
+    problem = KIND.problem(70, 45, 8)
+    variant = KIND.default(problem).with_(stabiliser="shifted", loads="descriptor")
+    found = ops.Streamed(load(problem, variant).launch, Choice(variant, "pinned"))  # type: ignore[arg-type]
+    monkeypatch.setattr(ops, "kernel", lambda *_: found)
+    call = call_arguments(problem, sinkhorn.inputs(problem, 0), "cpu")
+    clouds = [call[name] for name in ("x", "y")]
+    rest, options = [call[name] for name in ("u", "v", "b", "x_sq")], {"scale": call["scale"]}
+    expected = ops.sinkhorn_half_step(*clouds, *rest, **options)
+    for one, other in zip(ops.sinkhorn_half_step(*map(unaligned, clouds), *rest, **options), expected):
+        assert torch.equal(one, other)
+
+
+def test_a_launch_by_descriptor_leaves_the_callers_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets its own for its kernels, in whatever thread it is called, and for nobody else."""
+    problem = KIND.problem(70, 45, 8)
+    module = load(problem, KIND.default(problem).with_(stabiliser="shifted", loads="descriptor"))
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: seen.append(_allocation._allocator.get()(384, 128, None))
+
+    monkeypatch.setattr(module, "half_step", Kernel())
+    before = _allocation._allocator.get()
+    thread = Thread(target=module.launch, kwargs=call_arguments(problem, sinkhorn.inputs(problem, 0), "cpu"))
+    thread.start()
+    thread.join()
+    module.launch(**call_arguments(problem, sinkhorn.inputs(problem, 0), "cpu"))
+    assert [(memory.numel(), memory.dtype) for memory in seen] == 2 * [(384, torch.int8)]
+    assert _allocation._allocator.get() is before
+
+
+@pytest.mark.parametrize(
+    ("slug", "axes", "reason"),
+    [
+        ("h100", {}, ""),
+        ("b200", {}, ""),
+        ("rtx5090", {}, ""),
+        ("a100", {}, "a100 has no unit that copies tiles"),
+        ("mi300x", {"precision": "bf16"}, "mi300x has no unit that copies tiles"),
+        ("h100", {"stabiliser": "running"}, "reads by pointers"),
+        ("h100", {"BLOCK_K": 32}, "of all coordinates"),
+        ("h100", {"d": 33}, "multiples of 16 bytes"),
+        ("h100", {"d": 4, "BLOCK_K": 16, "dtype": "bf16", "precision": "bf16"}, "multiples of 16 bytes"),
+        ("h100", {"d": 33, "operands": "packed", "bias": "wgmma", "precision": "fp16"}, ""),
+    ],
+    ids=str,
+)
+def test_where_columns_may_be_fetched_by_descriptor(slug: str, axes: dict[str, int | str], reason: str) -> None:
+    axes = {"d": 64, "dtype": "fp32", **axes}
+    problem = KIND.problem(4096, 4096, int(axes.pop("d")), str(axes.pop("dtype")))
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "precision": "tf32", "stabiliser": "shifted", "loads": "descriptor"}
+    found = KIND.fits(problem, KIND.default(problem).with_(**{**tile, **axes}), gpu(slug))
+    assert (reason in found) if reason else (found == "")
+
+
+@pytest.mark.parametrize("bias", [*IN_PRODUCT, "added"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_order_of_programs_changes_no_sum(bias: str, batch: int) -> None:
+    """Blocks that no group divides, parts without columns, problems of a batch that end early."""
+    for schedule, fusion in (("symmetric", "one_sweep"), ("own", "half_sweep")):
+        problem = KIND.problem(150, 150 if schedule == "own" else 45, 5, schedule=schedule, batch=batch)
+        axes = {"BLOCK_M": 32, "BLOCK_N": 16, **IN_PRODUCT.get(bias, {}), "stabiliser": "shifted", "fusion": fusion, "SPLITS": 4}
+        for group in (1, 8):
+            variant = KIND.default(problem).with_(**axes, BLOCK_K=16, GROUP=group)
+            assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), variant
+
+
+@pytest.mark.parametrize(
+    ("slug", "axes", "reason"),
+    [
+        ("h100", {}, ""),
+        ("h100", {"operands": "packed", "precision": "fp16"}, ""),
+        ("h100", {"num_stages": 2}, "copies ahead of their use"),
+        ("h100", {"bias": "added"}, "read as rows are"),
+        ("h100", {"loads": "descriptor"}, "says nothing of eviction"),
+        ("mi300x", {"precision": "bf16"}, "said in PTX"),
+    ],
+    ids=str,
+)
+def test_where_l2_may_be_asked_to_keep_columns(slug: str, axes: dict[str, int | str], reason: str) -> None:
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 1, "precision": "tf32", "stabiliser": "shifted"}
+    problem = KIND.problem(4096, 4096, 64)
+    found = KIND.fits(problem, KIND.default(problem).with_(**{**tile, "bias": "wgmma", "eviction": "last", **axes}), gpu(slug))
+    assert (reason in found) if reason else (found == "")
+
+
+@pytest.mark.parametrize(
+    ("n", "axes", "reason"),
+    [
+        (4096, {}, ""),
+        (4096, {"SPLITS": 1}, "one part"),
+        (512, {}, "one group"),
+        (513, {}, ""),
+        (1 << 30, {"fusion": "half_sweep"}, ""),
+    ],
+    ids=str,
+)
+def test_where_blocks_of_rows_may_be_grouped(n: int, axes: dict[str, int | str], reason: str) -> None:
+    problem = KIND.problem(n, n, 64, schedule="own" if "fusion" in axes else "symmetric")
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "stabiliser": "shifted", "fusion": "one_sweep", "SPLITS": 4, "GROUP": 8}
+    found = KIND.fits(problem, KIND.default(problem).with_(**{**tile, **axes}), gpu("a100"))
+    assert (reason in found) if reason else (found == "")
 
 
 @pytest.mark.parametrize("bias", IN_PRODUCT)

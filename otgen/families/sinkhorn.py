@@ -37,6 +37,17 @@ STRUCTURE: Mapping[str, tuple[Value, ...]] = {
     "SPLITS": tiles.powers_of_two(1, 16),
     "sums": ("atomic", "ordered"),
     "exp2_by_fma": (0, 1, 2, 4),
+    "loads": ("pointers", "descriptor"),
+    "eviction": ("normal", "last"),
+    "GROUP": (0, 1, 8, 32),
+}
+
+REFINEMENTS: Mapping[str, Value] = {
+    "sums": "atomic",
+    "exp2_by_fma": 0,
+    "loads": "pointers",
+    "eviction": "normal",
+    "GROUP": 0,
 }
 
 FUSIONS = {
@@ -74,6 +85,10 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     fewest = min(problem.n, problem.m) if problem.flag("schedule") == "debiased" else problem.m
     if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > fewest:
         return "a program would have no columns"
+    if variant.get("GROUP", 0) and variant["SPLITS"] == 1:
+        return "a block of rows has one part, all columns"
+    if variant.get("GROUP", 0) and variant.int("GROUP") * variant.int("BLOCK_M") >= problem.n:
+        return "all blocks of rows would be one group, as without groups"
     if packed.is_packed(variant):
         if variant["fusion"] not in SWEPT:
             return "a sweep of packed operands leaves what it cannot hold to the launch that updates"
@@ -84,6 +99,8 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         or tiles.tile_misfit(problem, variant, gpu)
         or tiles.bias_misfit(problem, variant, gpu)
         or tiles.exp2_misfit(variant, gpu)
+        or tiles.loads_misfit(problem, variant, gpu)
+        or tiles.eviction_misfit(variant, gpu)
     )
 
 
@@ -266,6 +283,6 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("SPLITS",),
-    later_axes=("bias", "operands", "SPLITS", "sums", "exp2_by_fma"),
-    refinements={"sums": "atomic", "exp2_by_fma": 0},
+    later_axes=("bias", "operands", "SPLITS", *REFINEMENTS),
+    refinements=REFINEMENTS,
 )

@@ -23,6 +23,12 @@ TILE_REGISTERS = 192
 UNROLLED_FMAS = 4096
 """Multiply-adds per thread and product without a tensor core: the compiler unrolls them all."""
 
+FIRST_COPY_UNIT = 90
+"""The first architecture whose SMs copy tiles to shared memory by tensor descriptor (TMA)."""
+
+DESCRIPTOR_UNIT = 16
+"""Bytes that a tensor's rows in memory, and its first one's address, are multiples of for a tensor descriptor."""
+
 LN2 = 0.6931471805599453
 
 FP32_SLACK = 2.0**-20
@@ -158,6 +164,45 @@ def exp2_misfit(variant: Variant, gpu: Gpu) -> str:
         return "a running maximum's own instructions already outweigh its exponentials"
     if by_fma % 4 and gpu.backend != "cuda":
         return "which of four exponentials go where is said in PTX"
+    return ""
+
+
+def is_described(variant: Variant) -> bool:
+    """Whether streamed columns are fetched by tensor descriptor."""
+    return variant.get("loads", "pointers") == "descriptor"
+
+
+def loads_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
+    """Why streamed columns cannot be fetched by tensor descriptor, or "".
+
+    Elsewhere the compiler would turn a descriptor into pointers, which is slower than pointers in the first place; and it checks
+    no alignment.
+    """
+    if not is_described(variant):
+        return ""
+    if not isinstance(gpu.arch, int) or gpu.arch < FIRST_COPY_UNIT:
+        return f"{gpu.slug} has no unit that copies tiles by descriptor"
+    if variant["stabiliser"] != "shifted":
+        return "the loop of a running maximum reads by pointers"
+    if not is_resident(problem, variant):
+        return "a descriptor's tile is of all coordinates"
+    if variant.get("operands", "stored") == "stored" and problem.d * BYTES[problem.dtype] % DESCRIPTOR_UNIT:
+        return f"a descriptor's rows are multiples of {DESCRIPTOR_UNIT} bytes"
+    return ""
+
+
+def eviction_misfit(variant: Variant, gpu: Gpu) -> str:
+    """Why L2 cannot be asked to keep the streamed columns longest, or ""."""
+    if variant.get("eviction", "normal") == "normal":
+        return ""
+    if gpu.backend != "cuda":
+        return "what L2 shall keep is said in PTX"
+    if is_described(variant):
+        return "a request by descriptor says nothing of eviction"
+    if variant["num_stages"] != 1:
+        return "copies ahead of their use, past the registers, say nothing of eviction"
+    if variant.get("bias", "added") == "added":
+        return "columns of masked tiles are read as rows are, which nobody reads again: bias=mma or wgmma"
     return ""
 
 
