@@ -79,7 +79,8 @@ class Run:
             return  # a prediction is no reason not to measure
         mode.left -= 1
         us = past.us if past.status == "ok" else None
-        mode.tell(past.variant if self._session.measured else self._same_kernels(past.variant), us)
+        variant = family(self._problem.family).complete(self._problem, past.variant)
+        mode.tell(variant if self._session.measured else self._same_kernels(variant), us)
         self._passed_over.pop(past.variant, None)
         if us is not None and past.error is not None and past.error <= 1:
             mode.best_us = min(mode.best_us, us)
