@@ -1,5 +1,6 @@
 # Every target installs what it needs into .venv the first time and reuses it from then on.
 #   make test                     the tests (ARGS="-k sinkhorn" to choose)
+#   make test-all                 the slow ones too: all that `make test` only samples of the spaces; @@TIME@@
 #   make tune GPU=a100            tune the standard set for a GPU, which need not be here
 #   make tune GPU=a100 SHAPE=4096x4096x64 ARGS="--family sinkhorn"
 #   make lint                     ruff, formatting, mypy
@@ -14,7 +15,7 @@ GPU ?= a100
 JOBS ?= 2
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test tune lint golden gpu shipped carried clean
+.PHONY: test test-all tune lint golden gpu shipped carried clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) pytest -n $(JOBS) $(ARGS)
+
+test-all: $(VENV)/installed
+	$(RUN) pytest -n $(JOBS) --wide $(ARGS)
 
 tune: $(VENV)/installed
 	$(RUN) otgen tune --gpu $(GPU) $(foreach shape,$(SHAPE),--shape $(shape)) $(ARGS)

@@ -1,11 +1,13 @@
 """Kernels are interpreted unless the caller says otherwise; nothing a test does touches the user's cache or database.
 
-Tests marked gpu are skipped where torch sees no CUDA device; torch is imported here only for tests that need it.
+Tests marked gpu are skipped where torch sees no CUDA device, those marked slow without --wide.
+torch is imported here only for tests that need it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from toy_family import TOY, install
 
+from otgen import render, resources
 from otgen.problem import Problem
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,7 +27,13 @@ os.environ["OTGEN_CACHE"] = os.path.join(_HOME, "cache")
 os.environ["OTGEN_DB"] = os.path.join(_HOME, "tuning.db")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wide", action="store_true", help="run what is marked slow too: all of what else is sampled")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--wide"):
+        pytest.skip("takes minutes; --wide runs it")
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -58,6 +67,34 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 def problem() -> Problem:
     """One of the toy family."""
     return TOY.problem(1024, 2048, 64)
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Inserts text into a copy of sinkhorn's template, at its end or `ahead_of` the one place that reads so.
+
+    The copy is the present template from then on, in worker processes too: they import otgen from a link beside it.
+    """
+    template = shutil.copytree(resources.resource("templates"), tmp_path / "templates") / "sinkhorn.py.jinja"
+    (tmp_path / "otgen").symlink_to(resources.PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in (resources, render):
+        monkeypatch.setattr(module, "resource", lambda folder: tmp_path / folder)
+    caches = (resources.template_hash, render._environment)
+
+    def insert(text: str, ahead_of: str = "") -> None:
+        before = template.read_text(encoding="utf-8")
+        assert before.count(ahead_of) == 1 or not ahead_of
+        place = before.index(ahead_of) if ahead_of else len(before)
+        template.write_text(before[:place] + text + before[place:], encoding="utf-8")
+        for cache in caches:
+            cache.cache_clear()
+
+    insert("")
+    yield insert
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture

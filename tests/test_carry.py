@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 from test_run import MODES, Bench, search
 
-from otgen import render, resources
 from otgen.carry import carry
 from otgen.compile import compile_key
 from otgen.families import family
@@ -259,27 +257,6 @@ def test_what_another_process_carried_meanwhile_is_not_carried_again(path: Path,
         once = rows(path)
         store.carry("a100", found)
     assert rows(path) == once
-
-
-@pytest.fixture
-def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Appends to a copy of sinkhorn's template, which is the present one from then on."""
-    templates = shutil.copytree(resources.resource("templates"), tmp_path / "templates")
-    caches = (template_hash, render._environment)
-    for module in (resources, render):
-        monkeypatch.setattr(module, "resource", lambda folder: templates)
-
-    def append(text: str) -> None:
-        with (templates / "sinkhorn.py.jinja").open("a") as file:
-            file.write(text)
-        for cache in caches:
-            cache.cache_clear()
-
-    append("")
-    yield append
-    monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
 
 
 def test_an_edit_costs_the_variants_that_render_otherwise(path: Path, edit: Callable[[str], None]) -> None:
