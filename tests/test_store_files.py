@@ -15,6 +15,8 @@ from toy_family import put, variant
 from otgen.errors import StoreError
 from otgen.problem import Problem
 from otgen.store import Store, default_path, read_winners
+from otgen.store.connect import still
+from otgen.store.publish import write_text
 
 pytestmark = pytest.mark.usefixtures("toy")
 
@@ -175,3 +177,37 @@ def test_a_locked_database_says_so_and_keeps_what_it_has(path: Path, problem: Pr
             other.execute("ROLLBACK")
         put(store, problem, predicted=3.0)
         assert [trial.predicted_us for trial in store.trials(problem, "a100")] == [1.0, 3.0]
+
+
+def test_the_last_moment_is_guarded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file made between the last look and the publication is kept; a file system without links is no obstacle."""
+    out = tmp_path / "c.txt"
+    with monkeypatch.context() as patched:
+        patched.setattr("otgen.store.publish._refuse", lambda path, replace: None)
+        out.write_text("theirs")
+        with pytest.raises(StoreError, match=r"expected no file at .*c\.txt; there is one"):
+            write_text("ours", out, replace=False)
+    assert out.read_text() == "theirs"
+    out.unlink()
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("otgen.store.publish.os.link", no_links)
+    write_text("ours", out, replace=False)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_file_that_is_written_to_while_it_is_read_as_still(path: Path, problem: Problem) -> None:
+    with Store.open(path) as store:
+        put(store, problem, predicted=1.0)
+    with (
+        pytest.raises(StoreError, match=r"expected .*tuning\.db to stay as it is while it is read; .*; run this again"),
+        still(path),
+        Store.open(path) as store,
+    ):
+        put(store, problem, predicted=2.0)
+    with Store.open(path) as store:
+        put(store, problem, predicted=3.0)
+        with still(path) as connection:
+            assert connection.execute("SELECT count(*) FROM trial").fetchone() == (3,), "a writer at work is no obstacle"

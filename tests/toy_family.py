@@ -45,7 +45,7 @@ TOY = Family(
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `TOY` known, with a template whose hash is `HASH`."""
     monkeypatch.setitem(families.FAMILIES, "toy", TOY)
-    for module in ("otgen.store.database", "otgen.ranking"):
+    for module in ("otgen.store.database", "otgen.store.reading", "otgen.ranking"):
         monkeypatch.setattr(f"{module}.template_hash", lambda family: HASH)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
+from keyword import iskeyword
 
 import click
 
 from otgen import __version__
 from otgen.errors import OtgenError
 
-COMMANDS = ("compile", "render", "show", "space", "tune", "why")
-"""Each is the command of its name in the module of its name."""
+COMMANDS = ("compile", "diff", "doctor", "export", "import", "merge", "render", "show", "space", "tune", "why")
+"""Each is the command of its name in the module of its name; ``import``, which Python keeps for itself, in ``import_``."""
 
 INTERRUPTED = 130
 
@@ -24,7 +25,8 @@ class _Lazy(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"otgen.cli.{name}"), name)
+        home = f"{name}_" if iskeyword(name) else name
+        command: click.Command = getattr(import_module(f"otgen.cli.{home}"), home)
         return command
 
 

@@ -16,19 +16,20 @@ FROM trial t JOIN compile c ON c.id = t.compile JOIN environment v ON v.id = t.e
 WHERE {_KEY.format("t")}
       AND t.template_hash IN (SELECT w.template_hash FROM winner w
                               WHERE {_KEY.format("w")} AND w.template_hash <> :template_hash)
-ORDER BY t.id
+ORDER BY t.created_at, t.id
 """
 
 PRESENT = f"SELECT p.variant FROM trial p WHERE {_KEY.format('p')} AND p.template_hash = :template_hash"
 
-_CLAUSE = "carried over from trial"
+CARRIED = "carried over from trial"
+"""What the message of a trial says that repeats one of an earlier template."""
 
 _TRIAL = f"""
 INSERT INTO trial (environment, {", ".join(_PROBLEM)}, variant, template_hash, status, message, seed, compile)
 SELECT environment, {", ".join(_PROBLEM)}, :variant, :template_hash, status,
-       CASE WHEN instr(message, '{_CLAUSE}') THEN substr(message, 1, instr(message, '{_CLAUSE}') - 1)
+       CASE WHEN instr(message, '{CARRIED}') THEN substr(message, 1, instr(message, '{CARRIED}') - 1)
             WHEN message = '' THEN '' ELSE message || '; ' END
-       || '{_CLAUSE} ' || id || ' of template ' || template_hash || ', whose rendered source is the same', seed, :compile
+       || '{CARRIED} ' || id || ' of template ' || template_hash || ', whose rendered source is the same', seed, :compile
 FROM trial WHERE id = :trial
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from otgen.errors import StoreError
@@ -60,11 +60,38 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     return _open_readonly(path) if readonly else _open_writable(path)
 
 
-def _open_readonly(path: Path) -> sqlite3.Connection:
+@contextmanager
+def still(path: Path) -> Iterator[sqlite3.Connection]:
+    """A read-only connection that leaves no file beside `path`: for whoever reads all of a database once.
+
+    Raises StoreError as `connect` does, SQLite's errors among them, and when the file was written to meanwhile.
+    """
     if not path.is_file():
-        raise StoreError(f"expected a tuning database at {path}; found no file; create it with `otgen tune --gpu … --db {path}`")
+        raise _missing(path)
+    before = _state(path)
+    with errors_of(path), closing(_open_readonly(path, "&immutable=1" if not before[-1] else _immutable(path))) as connection:
+        yield connection
+        if not before[-1] and _state(path) != before:
+            raise StoreError(f"expected {path} to stay as it is while it is read; another process wrote to it; run this again")
+
+
+def _state(path: Path) -> tuple[int, int, bool]:
+    """When the file was last written, its size, and whether a write-ahead log has more to say."""
+    log = path.with_name(f"{path.name}-wal")
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size, log.exists() and log.stat().st_size > 0
+
+
+def _missing(path: Path) -> StoreError:
+    return StoreError(f"expected a tuning database at {path}; found no file; create it with `otgen tune --gpu … --db {path}`")
+
+
+def _open_readonly(path: Path, immutable: str | None = None) -> sqlite3.Connection:
+    if not path.is_file():
+        raise _missing(path)
+    immutable = _immutable(path) if immutable is None else immutable
     with errors_of(path):
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{_immutable(path)}", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True, isolation_level=None)
         with _closed_on_error(connection):
             connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
             missing = schema.pending(connection, path)

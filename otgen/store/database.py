@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,9 @@ from otgen.problem import Problem, Variant
 from otgen.resources import template_hash
 from otgen.store.again import OUTDATED, PRESENT, insert_again
 from otgen.store.connect import connect, errors_of, transaction
-from otgen.store.decide import best_of
+from otgen.store.decisions import decide, problem_key, stored_trials
+from otgen.store.facts import Fact
+from otgen.store.inserts import as_json, environment_id, insert, insert_learnt
 from otgen.store.records import (
     ENVIRONMENT,
     Accuracy,
@@ -30,19 +31,8 @@ from otgen.store.records import (
     Trial,
     Winner,
 )
+from otgen.store.union import known_facts, unite
 from otgen.store.winners import select
-
-_KEY = "gpu = :gpu AND family = :family AND n = :n AND m = :m AND d = :d AND dtype = :dtype AND flags = :flags"
-
-_TRIALS = f"""
-SELECT t.id, t.variant, t.status, t.message, p.us, e.median_us,
-       (SELECT max(a.value / a.budget) FROM accuracy a WHERE a.trial = t.id), c.registers, c.spills, c.shared_bytes,
-       json_extract(p.terms, '$.issue')
-FROM trial t LEFT JOIN compile c ON c.id = t.compile
-     LEFT JOIN prediction p ON p.trial = t.id LEFT JOIN measurement e ON e.trial = t.id
-WHERE {_KEY} AND template_hash = :template_hash
-ORDER BY t.id
-"""
 
 _RELATIVES = """
 SELECT t.variant
@@ -99,11 +89,6 @@ class Store:
         with errors_of(self.path):
             return self._connection.execute(sql, values).fetchall()
 
-    def _insert(self, table: str, row: Mapping[str, Any], *, conflict: str = "ABORT") -> int:
-        columns, places = ", ".join(row), ", ".join(f":{column}" for column in row)
-        cursor = self._connection.execute(f"INSERT OR {conflict} INTO {table} ({columns}) VALUES ({places})", row)
-        return cursor.lastrowid or 0
-
     def environment(self, facts: Mapping[str, str]) -> int:
         """The id of the environment with these facts (names in `ENVIRONMENT`; one left out is empty), inserted when new.
 
@@ -112,11 +97,8 @@ class Store:
         for name in facts:
             if name not in ENVIRONMENT:
                 raise unknown("environment fact", name, ENVIRONMENT)
-        row = {name: facts.get(name, "") for name in ENVIRONMENT}
         with self._transaction():
-            self._insert("environment", row, conflict="IGNORE")
-            where = " AND ".join(f"{name} = :{name}" for name in ENVIRONMENT)
-            return int(self._connection.execute(f"SELECT id FROM environment WHERE {where}", row).fetchone()[0])
+            return environment_id(self._connection, facts)
 
     def record(
         self,
@@ -135,24 +117,17 @@ class Store:
         """
         row = asdict(trial)
         del row["problem"]
-        row |= _key(trial.problem, trial.gpu) | {"variant": trial.variant.json, "environment": environment}
+        row |= problem_key(trial.problem, trial.gpu) | {"variant": trial.variant.json, "environment": environment}
         with self._transaction():
             row["compile"] = self._compile_id(compiled) if compiled else None
-            trial_id = self._insert("trial", row)
-            if prediction:
-                self._insert("prediction", {"trial": trial_id, "us": prediction.us, "terms": _json(prediction.terms)})
-            if measurement:
-                values = asdict(measurement) | {"samples_us": _json(list(measurement.samples_us))}
-                self._insert("measurement", {"trial": trial_id} | values)
-            for entry in accuracy:
-                value = entry.value if math.isfinite(entry.value) else None
-                self._insert("accuracy", {"trial": trial_id, "metric": entry.metric, "value": value, "budget": entry.budget})
+            trial_id = insert(self._connection, "trial", row)
+            insert_learnt(self._connection, trial_id, prediction, measurement, accuracy)
         return trial_id
 
     def _compile_id(self, compiled: Compiled) -> int:
-        row = asdict(compiled) | {"instructions": _json(compiled.instructions)}
+        row = asdict(compiled) | {"instructions": as_json(compiled.instructions)}
         known = self._connection.execute("SELECT id FROM compile WHERE key = ?", (compiled.key,)).fetchone()
-        return int(known[0]) if known else self._insert("compile", row)
+        return int(known[0]) if known else insert(self._connection, "compile", row)
 
     def compiled(self, key: str) -> Compiled | None:
         """What the compiler made of `key` the first time, or None when it has not been compiled."""
@@ -166,15 +141,17 @@ class Store:
 
     def trials(self, problem: Problem, gpu: str) -> list[StoredTrial]:
         """The trials of a problem for a GPU on the family's present template, oldest first: what a study is rebuilt from."""
-        rows = self._query(_TRIALS, _key(problem, gpu) | {"template_hash": template_hash(problem.family)})
-        return [StoredTrial(row[0], Variant(json.loads(row[1])), *row[2:]) for row in rows]
+        with errors_of(self.path):
+            return stored_trials(self._connection, problem_key(problem, gpu) | {"template_hash": template_hash(problem.family)})
 
     def relatives(self, problem: Problem, gpus: Sequence[str]) -> list[Variant]:
         """Variants that worked on `gpus` for `problem`'s kind at any n and m, present template, least time per pair first."""
         places = ", ".join(f":gpu{number}" for number in range(len(gpus)))
         rows = self._query(
             _RELATIVES.format(gpus=places),
-            _key(problem, "") | {"template_hash": template_hash(problem.family)} | {f"gpu{i}": gpu for i, gpu in enumerate(gpus)},
+            problem_key(problem, "")
+            | {"template_hash": template_hash(problem.family)}
+            | {f"gpu{i}": gpu for i, gpu in enumerate(gpus)},
         )
         return list(dict.fromkeys(Variant(json.loads(row[0])) for row in rows))
 
@@ -182,7 +159,7 @@ class Store:
         """What the interpreter's check of `variant` found before, for whatever GPU, n and m: it looks at none of them. Else []."""
         rows = self._query(
             _CHECKED,
-            _key(problem, "") | {"variant": variant.json, "template_hash": template_hash(problem.family)},
+            problem_key(problem, "") | {"variant": variant.json, "template_hash": template_hash(problem.family)},
         )
         return [Accuracy(*row[1:]) for row in rows if row[0] == rows[0][0]]
 
@@ -191,31 +168,18 @@ class Store:
 
         A mode that was tuned on an earlier template only keeps its old winner, whose template_hash tells.
         """
-        key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
+        key = problem_key(problem, gpu) | {"template_hash": template_hash(problem.family)}
         with self._transaction():
-            self._decide(problem, gpu, key)
+            decide(self._connection, key)
         with errors_of(self.path):
             return select(self._connection, self.path, key)
-
-    def _decide(self, problem: Problem, gpu: str, key: Mapping[str, Any]) -> None:
-        self._connection.execute(f"DELETE FROM winner WHERE {_KEY} AND template_hash = :template_hash", key)
-        for precision, trial in best_of(self.trials(problem, gpu)).items():
-            row = {
-                "precision": precision,
-                "evidence": "predicted" if trial.measured_us is None else "measured",
-                "variant": trial.variant.json,
-                "predicted_us": trial.predicted_us,
-                "measured_us": trial.measured_us,
-                "trial": trial.id,
-            }
-            self._insert("winner", {**key, **row}, conflict="REPLACE")
 
     def outdated(self, problem: Problem, gpu: str) -> list[PastTrial]:
         """The compiled trials on the templates of a problem's stale winners, oldest first; no variant tried on the present one.
 
         A variant that lacks an axis which its family has got since comes with the value it then had (`Family.complete`).
         """
-        key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
+        key = problem_key(problem, gpu) | {"template_hash": template_hash(problem.family)}
         present = {variant for (variant,) in self._query(PRESENT, key)}
         complete = family(problem.family).complete
         past = [PastTrial(row[0], complete(problem, json.loads(row[1])), *row[2:]) for row in self._query(OUTDATED, key)]
@@ -229,11 +193,16 @@ class Store:
         """
         with self._transaction():
             for problem, keys in trials.items():
-                key = _key(problem, gpu) | {"template_hash": template_hash(problem.family)}
+                key = problem_key(problem, gpu) | {"template_hash": template_hash(problem.family)}
                 for trial in self.outdated(problem, gpu):
                     if trial in keys:
                         insert_again(self._connection, trial, keys[trial], key["template_hash"])
-                self._decide(problem, gpu, key)
+                decide(self._connection, key)
+
+    def add(self, facts: Iterable[Fact]) -> int:
+        """Insert the facts that are not there yet, decide their problems anew, and return how many there were: all or nothing."""
+        with self._transaction():
+            return unite(self._connection, facts, known_facts(self._connection))
 
     def winners(self, gpu: str | None = None, family: str | None = None) -> list[Winner]:
         """The winners of this file, stale ones among them, ordered by GPU, problem and time."""
@@ -264,22 +233,3 @@ class Store:
             raise StoreError(f"expected a snapshot to be written to {path}; got: {error}; name another place") from error
         finally:
             unfinished.unlink(missing_ok=True)
-
-
-def _key(problem: Problem, gpu: str) -> dict[str, Any]:
-    return {
-        "gpu": gpu,
-        "family": problem.family,
-        "n": problem.n,
-        "m": problem.m,
-        "d": problem.d,
-        "dtype": problem.dtype,
-        "flags": json.dumps(dict(problem.flags), separators=(",", ":")),
-    }
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:
-        raise StoreError(f"expected finite numbers to store; got {value!r}; report this as a bug of otgen") from error

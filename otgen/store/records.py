@@ -109,6 +109,8 @@ class StoredTrial:
 
     error     the largest accuracy value / budget
     issue_us  of a prediction, how long the issue of instructions alone takes: they are counted, the rest of it is modelled
+    environment, default_us, interval_us  of a measurement: the id of where it was made, the default variant's time in the same
+              batch, the ends of a 95 % confidence interval of its median (without samples, its quantiles 20 and 80)
     """
 
     id: int
@@ -122,6 +124,9 @@ class StoredTrial:
     spills: int | None
     shared_bytes: int | None
     issue_us: float | None = None
+    environment: int | None = None
+    default_us: float | None = None
+    interval_us: tuple[float, float] | None = None
 
     @property
     def us(self) -> float | None:
