@@ -15,6 +15,9 @@ from otgen.precision import MODES
 from otgen.problem import Problem
 from otgen.store import Winner, read_winners, shipped
 
+POINTS = 65536
+"""Points of a cloud in what is counted: there instructions decide which kernel is fastest, not launches."""
+
 
 def winners(problem: Problem, slug: str, accuracy: str) -> list[Winner]:
     """Those shipped for a problem on the GPU called `slug`, in the modes that round no more than `accuracy` does; fastest first."""
@@ -51,7 +54,7 @@ def _cost(slug: str, length: int) -> tuple[float, int]:
     total, kernels = 0.0, 0
     for (name, flags), times in launches.items():
         kind = family(name)
-        problem = kind.problem(4096, 4096, 64, **dict(flags))
+        problem = kind.problem(POINTS, POINTS, 64, **dict(flags))
         variant = next((winner.variant for winner in winners(problem, slug, "tf32")), kind.default(problem))
         total += times * sweeps(problem, variant)
         kernels += times * len(kind.work(problem, variant).launches)

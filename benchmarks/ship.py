@@ -4,7 +4,7 @@ Usage: python benchmarks/ship.py [--max-trials N] [--carry] [SLUG ...]; all GPUs
 
 All GPUs share one working database, so GPUs of one architecture, and sizes of one problem, share their compilations. Without the
 GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on. The problems whose instructions are counted
-(benchmarks/static.py) are searched eight times as deep, before all others.
+(benchmarks/static.py) are searched four times as deep, before all others.
 
 After an edit of a template, what it renders as before is carried over first and searched no more; --carry does that alone, from
 the shipped files themselves where there is no working database.
@@ -29,7 +29,7 @@ from otgen.store import Store
 from otgen.tuner import Settings, standard_problems, tune
 
 QUOTED = [
-    family("sinkhorn").problem(4096, 4096, d, schedule=schedule)
+    family("sinkhorn").problem(65536, 65536, d, schedule=schedule)
     for d, schedule in ((64, "symmetric"), (64, "alternating"), (3, "alternating"))
 ]
 
@@ -61,7 +61,7 @@ def ship(slug: str, problems: Sequence[Problem], store: Store, max_trials: int, 
     """Carries over, searches up to `max_trials` variants a problem, and writes the GPU's file."""
     began, added = time.monotonic(), 0
     carried = carry(problems, gpu(slug), store).total()
-    for chosen, trials in ((QUOTED, 8 * max_trials), (problems, max_trials)) if max_trials else ():
+    for chosen, trials in ((QUOTED, 4 * max_trials), (problems, max_trials)) if max_trials else ():
         for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None):
             added += summary.added
     store.snapshot(out / f"{slug}.db", winners_of=slug)

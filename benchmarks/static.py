@@ -21,6 +21,7 @@ from typing import Any
 import debiased
 import slots
 import slots_report
+from debiased import POINTS
 from slots import Count
 
 from otgen.candidates import by_mode, favourites, legal_variants
@@ -74,21 +75,21 @@ class Question:
 QUESTIONS = (
     Question(
         "symmetric step, both sums, d = 64",
-        _problem(4096, 4096, 64, schedule="symmetric"),
+        _problem(POINTS, POINTS, 64, schedule="symmetric"),
         "tf32",
         (Peer("SYMMETRIC"), Peer("SYMMETRIC_LARGE"), Peer("SYMMETRIC", tf32=False, few=True)),
         {"h100": {"slots": 6.2, "mufu": 1.02}, "a100": {"slots": 7.8}},
     ),
     Question(
         "half-step, d = 64",
-        _problem(4096, 4096, 64),
+        _problem(POINTS, POINTS, 64),
         "tf32",
         (Peer("HALF_STEP"), Peer("HALF_STEP", tf32=False, few=True)),
         {"h100": {"slots": 3.5, "mufu": 1.0}, "a100": {"slots": 5.8}},
     ),
     Question(
         "half-step, d = 3, fp32 accuracy",
-        _problem(4096, 4096, 3),
+        _problem(POINTS, POINTS, 3),
         "ieee",
         (Peer("HALF_STEP", tf32=False),),
         {"h100": {"slots": 3.0}, "a100": {"slots": 3.0}},

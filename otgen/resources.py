@@ -25,9 +25,11 @@ def resource(folder: str) -> Path:
 
 @lru_cache
 def template_hash(family: str) -> str:
-    """Twelve hex digits of the sources a rendered kernel of `family` is made of: its template and the shared blocks."""
+    """Twelve hex digits of the sources a kernel of `family` is made of: its template, in parts, and the shared functions."""
     digest = hashlib.sha256()
-    digest.update((resource("templates") / f"{family}.py.jinja").read_bytes())
+    templates = resource("templates")
+    for template in (templates / f"{family}.py.jinja", *sorted((templates / family).glob("*.jinja"))):
+        digest.update(template.read_bytes())
     for shared in ("blocks.py", "packing.py"):
         digest.update((PACKAGE / shared).read_bytes())
     return digest.hexdigest()[:12]

@@ -105,8 +105,14 @@ def ruff(*arguments: str) -> None:
 
 def test_templates_are_formatted_python(tmp_path: Path) -> None:
     """A template is a module before rendering too, but for structural alternatives that define a name twice."""
-    for path in resource("templates").glob("*.py.jinja"):
-        (tmp_path / path.name.removesuffix(".jinja")).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    templates = resource("templates")
+    for path in templates.glob("*.py.jinja"):
+        whole = re.sub(
+            r'#: include "(.+)"\n',
+            lambda part: (templates / part[1]).read_text(encoding="utf-8"),
+            path.read_text(encoding="utf-8"),
+        )
+        (tmp_path / path.name.removesuffix(".jinja")).write_text(whole, encoding="utf-8")
     ruff("format", "--check", f"--config={Path(__file__).parents[1] / 'pyproject.toml'}", "--no-cache", str(tmp_path))
     ruff("check", "--isolated", "--no-cache", "--select=E,F,B", "--ignore=E501,F811,F821,F841,B018", str(tmp_path))
 

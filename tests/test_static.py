@@ -134,7 +134,7 @@ def test_our_debiased_iteration_is_counted_in_what_the_solver_launches(monkeypat
 
 
 def test_winners_round_no_more_than_asked() -> None:
-    problem = family("sinkhorn").problem(4096, 4096, 3)
+    problem = family("sinkhorn").problem(65536, 65536, 3)
     found = debiased.winners(problem, "h100", "ieee")
     assert {winner.precision for winner in found} == {mode for mode in MODES if MODES[mode].floor == MODES["ieee"].floor}
     assert [winner.us for winner in found] == sorted(winner.us for winner in found)
