@@ -13,6 +13,9 @@ COLUMNS = (
 )
 
 
+UNITS = {"slots": "issue slots", "mufu": "exp2", "bound": "cycles"}
+
+
 def table(result: Mapping[str, Any]) -> str:
     """Every row."""
     return _markdown(COLUMNS, [[_text(row[name]) for name in COLUMNS] for row in result["rows"]])
@@ -41,11 +44,13 @@ def _grouped(rows: Iterable[Row], *names: str) -> list[list[Row]]:
 
 def _best(rows: Sequence[Row]) -> Row:
     """One that meets the target where there is one, of the fewest issue slots."""
-    return min(rows, key=lambda row: (not row["met"], row["slots"]))
+    return min(rows, key=lambda row: (not row.get("met", True), row["slots"]))
 
 
 def _ours(row: Row) -> list[str]:
-    wanted = ", ".join(f"{most:g} {'issue slots' if unit == 'slots' else 'exp2'}" for unit, most in row["target"].items())
+    if "target" not in row:
+        return [*_cost(row), "none", ""]
+    wanted = ", ".join(f"{most:g} {UNITS[unit]}" for unit, most in row["target"].items())
     return [*_cost(row), wanted, _yes(row["met"])]
 
 
