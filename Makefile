@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv the first time and reuses it from then on.
 #   make test                     the tests (ARGS="-k sinkhorn" to choose)
-#   make test-all                 the slow ones too: all that `make test` only samples of the spaces; @@TIME@@
+#   make test-all                 the slow ones too: the spaces whole, of which `make test` takes a sample; about an hour
 #   make tune GPU=a100            tune the standard set for a GPU, which need not be here
 #   make tune GPU=a100 SHAPE=4096x4096x64 ARGS="--family sinkhorn"
 #   make lint                     ruff, formatting, mypy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from random import Random
@@ -38,7 +38,9 @@ def nearest(problem: Problem, gpu: Gpu, base: Variant, chosen: Chosen) -> Varian
     fits = family(problem.family).fits
     wanted = (start.with_(**dict(chosen)) for start in chain([base], walk(problem, gpu)))
     found = next((variant for variant in wanted if not fits(problem, variant, gpu)), None)
-    for axis in sorted(base.keys() - dict(chosen).keys()) if found else ():
+    if found is None:
+        return None
+    for axis in sorted(base.keys() - dict(chosen).keys()):
         closer = found.with_(**{axis: base[axis]})
         found = found if fits(problem, closer, gpu) else closer
     return found
@@ -55,7 +57,7 @@ def pair(problem: Problem, random: Random) -> Chosen:
     return tuple((axis, random.choice(axes[axis])) for axis in random.sample(sorted(axes), 2))
 
 
-def ends(problem: Problem) -> Iterator[list[Chosen]]:
+def ends(problem: Problem) -> Iterator[Sequence[Chosen]]:
     """Of every axis of numbers its values from the smallest up, and from the largest down; of every other axis each name."""
     for axis, values in family(problem.family).axes(problem).items():
         orders = (values, values[::-1]) if isinstance(values[0], int) else [(name,) for name in values]

@@ -54,7 +54,7 @@ def test_the_check_tells_a_wrong_value_from_the_right_ones(fault: str, edit: Cal
 
 
 def test_a_wrong_variant_is_refused_by_the_tuner_however_fast(tmp_path: Path, edit: Callable[..., None]) -> None:
-    """Every stage is the real one, worker processes too. All shifted variants are wrong; of the others the fastest wins."""
+    """Every stage is the real one, in worker processes too. All shifted variants are wrong, and predicted to be the fastest."""
     plant(edit, "forgets the last column", 'stabiliser == "shifted"')
     with Store.open(tmp_path / "tuning.db") as store:
         (summary,) = tune([PROBLEM], gpu("a100"), store, Settings(max_trials=4, jobs=1), lambda progress: None)
