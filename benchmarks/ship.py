@@ -24,7 +24,7 @@ from otgen.families import FAMILIES, family
 from otgen.gpus import GPUS, gpu
 from otgen.problem import Problem
 from otgen.ranking import stale
-from otgen.resources import resource
+from otgen.resources import resource, template_hash
 from otgen.store import Store
 from otgen.tuner import Settings, standard_problems, tune
 
@@ -64,11 +64,11 @@ def ship(slug: str, problems: Sequence[Problem], store: Store, max_trials: int, 
     for chosen, trials in ((QUOTED, 4 * max_trials), (problems, max_trials)) if max_trials else ():
         for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None):
             added += summary.added
-    store.snapshot(out / f"{slug}.db", winners_of=slug)
+    store.snapshot(out / f"{slug}.db", winners_of=slug, templates=[template_hash(name) for name in FAMILIES])
     winners = store.winners(slug)
     print(
         f"{slug}: {carried} trials carried over, {added} run in {time.monotonic() - began:.0f} s; "
-        f"{len(winners)} winners, {sum(map(stale, winners))} stale",
+        f"{len(winners)} winners, {sum(map(stale, winners))} stale, which are left out",
         flush=True,
     )
 

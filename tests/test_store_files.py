@@ -7,10 +7,11 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy_family import put, variant
+from toy_family import HASH, put, variant
 
 from otgen.errors import StoreError
 from otgen.problem import Problem
@@ -42,6 +43,21 @@ def test_a_snapshot_is_one_file_that_opens_without_a_write(path: Path, tmp_path:
         assert [trial.predicted_us for trial in store.trials(problem, "a100")] == [2.0]
         assert [winner.us for winner in store.winners()] == [2.0]
     assert os.listdir(shipped.parent) == ["a100.db"]
+
+
+def test_a_snapshot_can_leave_out_winners_of_other_templates(path: Path, tmp_path: Path, problem: Problem) -> None:
+    larger = replace(problem, n=2 * problem.n)
+    with Store.open(path) as store:
+        for each, us in ((problem, 2.0), (larger, 3.0)):
+            put(store, each, predicted=us)
+            store.decide(each, "a100")
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE winner SET template_hash = '000000000000' WHERE n = ?", (problem.n,))
+        store.snapshot(tmp_path / "present.db", winners_of="a100", templates=[HASH])
+        assert len(store.winners()) == 2
+    with Store.open(tmp_path / "present.db", readonly=True) as store:
+        assert [winner.problem for winner in store.winners()] == [larger]
+        assert store.trials(problem, "a100") == []
 
 
 def test_reading_while_another_process_writes(path: Path, problem: Problem) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -209,10 +209,11 @@ class Store:
         with errors_of(self.path):
             return select(self._connection, self.path, {"gpu": gpu, "family": family})
 
-    def snapshot(self, path: Path | str, *, winners_of: str | None = None) -> None:
+    def snapshot(self, path: Path | str, *, winners_of: str | None = None, templates: Collection[str] = ()) -> None:
         """Write a compact copy that can be shipped and opened from read-only media; an old file at `path` is replaced at once.
 
         winners_of  a GPU: keep its winners and the facts behind them, leave out everything else
+        templates   hashes of templates: of the winners keep those on one of them; none: all
         """
         path = Path(path)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -225,6 +226,9 @@ class Store:
                     if winners_of is not None:
                         with transaction(copy):
                             copy.execute("DELETE FROM winner WHERE gpu <> ?", (winners_of,))
+                            if templates:
+                                kept = ", ".join("?" * len(templates))
+                                copy.execute(f"DELETE FROM winner WHERE template_hash NOT IN ({kept})", tuple(templates))
                             for statement in _KEEP_WINNERS_ONLY:
                                 copy.execute(statement)
                         copy.execute("VACUUM")
