@@ -71,11 +71,12 @@ def problem() -> Problem:
 
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Inserts text into a copy of sinkhorn's template, at its end or `ahead_of` the one place that reads so.
+    """Inserts text into a copy of sinkhorn's template, at its end or `ahead_of` the one place in its parts that reads so.
 
     The copy is the present template from then on, in worker processes too: they import otgen from a link beside it.
     """
-    template = shutil.copytree(resources.resource("templates"), tmp_path / "templates") / "sinkhorn.py.jinja"
+    templates = shutil.copytree(resources.resource("templates"), tmp_path / "templates")
+    whole = templates / "sinkhorn.py.jinja"
     (tmp_path / "otgen").symlink_to(resources.PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     for module in (resources, render):
@@ -83,10 +84,10 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     caches = (resources.template_hash, render._environment)
 
     def insert(text: str, ahead_of: str = "") -> None:
-        before = template.read_text(encoding="utf-8")
-        assert before.count(ahead_of) == 1 or not ahead_of
-        place = before.index(ahead_of) if ahead_of else len(before)
-        template.write_text(before[:place] + text + before[place:], encoding="utf-8")
+        parts = {path: path.read_text(encoding="utf-8") for path in (whole, *(templates / "sinkhorn").glob("*.jinja"))}
+        (path,) = (path for path, before in parts.items() if before.count(ahead_of) == 1) if ahead_of else [whole]
+        place = parts[path].index(ahead_of) if ahead_of else len(parts[path])
+        path.write_text(parts[path][:place] + text + parts[path][place:], encoding="utf-8")
         for cache in caches:
             cache.cache_clear()
 

@@ -78,6 +78,8 @@ def packed_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     mode = MODES[str(variant["precision"])]
     if not is_packed(variant):
         return f"{mode.name} products are of packed operands" if mode.only_packed else ""
+    if problem.dtype != "fp32":
+        return f"the scale's root would round {problem.dtype} coordinates, which are exact as they are stored"
     if not mode.packed:
         return f"{mode.name} operands are not of 16 bits"
     if variant.get("bias", "added") == "added":
