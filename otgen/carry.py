@@ -32,7 +32,7 @@ def carry(problems: Sequence[Problem], gpu: Gpu, store: Store) -> Counter[Proble
     for problem in dict.fromkeys(problems):
         for trial in store.outdated(problem, gpu.slug):
             if trial.compile not in holds:
-                holds[trial.compile] = trial.source_hash in _digests(problem, trial.variant)
+                holds[trial.compile] = trial.source_hash in digests(problem, trial.variant)
             if holds[trial.compile]:
                 key = compile_key(problem, trial.variant, gpu) if trial.triton == triton else None
                 found.setdefault(problem, {})[trial] = key
@@ -41,7 +41,7 @@ def carry(problems: Sequence[Problem], gpu: Gpu, store: Store) -> Counter[Proble
     return Counter({problem: len(trials) for problem, trials in found.items()})
 
 
-def _digests(problem: Problem, variant: Variant) -> Iterator[str]:
+def digests(problem: Problem, variant: Variant) -> Iterator[str]:
     """Of the present renders of all variants that compile alike: one binary stands for them, and the digest may be of any."""
     kind = family(problem.family)
     try:
