@@ -22,11 +22,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """Of each step otgen's best winner, and whether it meets the target; flash-sinkhorn's kernels; the debiased iteration."""
-    winners = _grouped((row for row in result["rows"] if row["pick"] == "winner"), "step", "gpu")
+    """Of each step otgen's best, and whether it meets the target; flash-sinkhorn's kernels; the debiased iteration."""
+    ours = _grouped((row for row in result["rows"] if row["pick"] in ("winner", "named")), "step", "gpu")
     theirs = _grouped((row for row in result["rows"] if row["library"] != "otgen"), "step", "gpu", "kernel", "precision")
     cost = ("GPU", "mode", "issue slots", "exp2", "bound")
-    tables = [_markdown(("otgen, per pair", *cost, "target", "met"), [_ours(_best(rows)) for rows in winners])]
+    tables = [_markdown(("otgen, per pair", *cost, "pick", "target", "met"), [_ours(_best(rows)) for rows in ours])]
     if theirs:
         head = ("flash-sinkhorn, per pair", *cost, "kernel", "fewest", "spilled bytes", "default")
         tables.append(_markdown(head, [_beside(*sorted(rows, key=lambda row: row["pick"] == "default")) for rows in theirs]))
@@ -49,9 +49,9 @@ def _best(rows: Sequence[Row]) -> Row:
 
 def _ours(row: Row) -> list[str]:
     if "target" not in row:
-        return [*_cost(row), "none", ""]
+        return [*_cost(row), row["pick"], "none", ""]
     wanted = ", ".join(f"{most:g} {UNITS[unit]}" for unit, most in row["target"].items())
-    return [*_cost(row), wanted, _yes(row["met"])]
+    return [*_cost(row), row["pick"], wanted, _yes(row["met"])]
 
 
 def _beside(fewest: Row, default: Row) -> list[str]:

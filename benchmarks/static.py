@@ -29,7 +29,7 @@ from otgen.families import family
 from otgen.gpus import gpu
 from otgen.pool import Pool, Role
 from otgen.precision import MODES
-from otgen.problem import Problem
+from otgen.problem import Problem, Value
 from otgen.toolchain import ptxas_version
 
 RESULT = Path(__file__).parent / "results" / "static" / "slots.json"
@@ -63,6 +63,7 @@ class Question:
     accuracy  the precision mode that rounds most of those that may answer
     theirs    the steps of flash-sinkhorn that do the same
     targets   GPU → unit → the most instructions per pair there should be; "bound": cycles, see `Count.bound`
+    named     GPU → axes of a kernel that is counted beside the winners, which are chosen by predicted time
     by_fma    of every four exponentials, those that multiply-add units compute: the winner with that many, whatever it has itself
     """
 
@@ -71,8 +72,15 @@ class Question:
     accuracy: str
     theirs: tuple[Peer, ...]
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    named: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     by_fma: int = 0
 
+
+ONE_PRODUCT: Mapping[str, Value] = {
+    **{"BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "precision": "fp16x3", "stabiliser": "shifted"},
+    **{"fusion": "split_step", "SPLITS": 8, "operands": "packed"},
+}
+"""Three dimensions at the accuracy of fp32 in one matrix instruction."""
 
 QUESTIONS = (
     Question(
@@ -103,6 +111,10 @@ QUESTIONS = (
         "ieee",
         (Peer("HALF_STEP", tf32=False),),
         {"h100": {"slots": 3.0}, "a100": {"slots": 3.0}},
+        named={
+            "h100": {**ONE_PRODUCT, "BLOCK_M": 128, "bias": "wgmma", "num_stages": 1},
+            "a100": {**ONE_PRODUCT, "BLOCK_M": 256, "bias": "mma", "num_stages": 2},
+        },
     ),
 )
 
@@ -160,6 +172,10 @@ def _submit_ours(pool: Pool, question: Question, slug: str, search: int) -> None
     for winner in debiased.winners(problem, slug, question.accuracy):
         task = Task(question, slug, "otgen", str(winner.variant["fusion"]), winner.precision, "winner")
         pool.submit("compile", task, slots.of_variants, problem, [winner.variant.with_(exp2_by_fma=question.by_fma)], slug)
+    if slug in question.named:
+        variant = family(problem.family).default(problem).with_(**question.named[slug])
+        task = Task(question, slug, "otgen", str(variant["fusion"]), str(variant["precision"]), "named")
+        pool.submit("compile", task, slots.of_variants, problem, [variant], slug)
     modes = by_mode(legal_variants(problem, gpu(slug))) if search else {}
     for mode, legal in modes.items():
         if MODES[mode].floor <= MODES[question.accuracy].floor:
