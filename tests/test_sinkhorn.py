@@ -268,7 +268,7 @@ def test_packed_columns_fetched_by_descriptor_are_those_of_pointers(precision: s
     """Of one or two depths; 3 coordinates too, of which stored points could have no descriptor."""
     for d in (3, 40):
         n, m = 33, 21
-        for batch, (schedule, fusion) in ((1, ("alternating", "half_step")), (3, ("symmetric", "one_launch"))):
+        for batch, (schedule, fusion) in ((1, ("alternating", "split_step")), (3, ("symmetric", "one_sweep"))):
             problem = KIND.problem(n, n if schedule == "own" else m, d, schedule=schedule, batch=batch)
             axes = {**PACKED, "BLOCK_K": tiles.power_of_two(d), "fusion": fusion, "precision": precision}
             given = KIND.inputs(problem, 0)
@@ -352,7 +352,7 @@ def test_a_launch_by_descriptor_leaves_the_callers_allocator(monkeypatch: pytest
         ("h100", {"BLOCK_K": 32}, "of all coordinates"),
         ("h100", {"d": 33}, "multiples of 16 bytes"),
         ("h100", {"d": 4, "BLOCK_K": 16, "dtype": "bf16", "precision": "bf16"}, "multiples of 16 bytes"),
-        ("h100", {"d": 33, "operands": "packed", "bias": "wgmma", "precision": "fp16"}, ""),
+        ("h100", {"d": 33, "operands": "packed", "bias": "wgmma", "precision": "fp16", "fusion": "split_step"}, ""),
     ],
     ids=str,
 )
