@@ -104,7 +104,8 @@ def test_show_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 def test_why_names_the_key_the_files_the_rows_and_the_cure(path: Path) -> None:
     text = run(why, "toy", "1000x1100x64", "--gpu", "a100", "--db", path).stdout
     assert text.splitlines() == [
-        "toy[schedule=alternating,width=1] 1000x1100x64 fp32 on a100, precision ieee, tf32x3, bf16x3, fp16, tf32, bf16",
+        "toy[schedule=alternating,width=1] 1000x1100x64 fp32 on a100, "
+        "precision ieee, tf32x3, fp16x3, bf16x6, bf16x3, fp16, tf32, bf16",
         "computes out = x",
         "looked up as 1024x1024x64: n and m rounded to powers of two",
         "databases, the last one first to be believed:",

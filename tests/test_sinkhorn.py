@@ -380,7 +380,7 @@ def test_the_order_of_programs_changes_no_sum(bias: str, batch: int) -> None:
     ("slug", "axes", "reason"),
     [
         ("h100", {}, ""),
-        ("h100", {"operands": "packed", "precision": "fp16"}, ""),
+        ("h100", {"operands": "packed", "precision": "fp16", "fusion": "split_step"}, ""),
         ("h100", {"num_stages": 2}, "copies ahead of their use"),
         ("h100", {"bias": "added"}, "read as rows are"),
         ("h100", {"loads": "descriptor"}, "says nothing of eviction"),

@@ -112,7 +112,7 @@ MISTAKES = {
     "an unknown axis": ({**HALF, "BLOCK_Q": 1}, UsageError, "unknown axis of sinkhorn 'BLOCK_Q'"),
     "a missing axis": ({k: v for k, v in HALF.items() if k != "num_warps"}, UsageError, "missing num_warps"),
     "another value": ({**HALF, "num_warps": 3}, UsageError, "expected num_warps among 2, 4, 8; got 3"),
-    "another schedule's": (BOTH, UsageError, "expected fusion among half_step; got 'one_launch'"),
+    "another schedule's": (BOTH, UsageError, "expected fusion among half_step, split_step; got 'one_launch'"),
     "a misfit": ({**HALF, "num_warps": 8}, NoValidVariant, "does not: a warp would have no 16×8 fragment"),
 }
 
