@@ -19,8 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from static import QUESTIONS
+
 from otgen.carry import carry
-from otgen.families import FAMILIES, family
+from otgen.families import FAMILIES
 from otgen.gpus import GPUS, gpu
 from otgen.problem import Problem
 from otgen.ranking import stale
@@ -28,10 +30,8 @@ from otgen.resources import resource, template_hash
 from otgen.store import Store
 from otgen.tuner import Settings, standard_problems, tune
 
-QUOTED = [
-    family("sinkhorn").problem(65536, 65536, d, schedule=schedule)
-    for d, schedule in ((64, "symmetric"), (64, "alternating"), (3, "alternating"))
-]
+QUOTED = list(dict.fromkeys(question.problem for question in QUESTIONS))
+"""The problems whose instructions are counted."""
 
 BATCHES = [(n, n, d) for d in (3, 64) for n in (128, 512)]
 """Shapes of the problems of a batch of 64: minibatches, small clouds."""

@@ -32,7 +32,7 @@ def legal_modes(problem: Problem, gpu: Gpu) -> list[str]:
     def legal(mode: str) -> bool:
         if not kind.fits(problem, default.with_(precision=mode), gpu):
             return True
-        return _legal_mode(large, mode, gpu) and any(not reason for reason, _, _ in refusals(problem, gpu, [mode]))
+        return _legal_mode(large, mode, gpu) and _legal_mode(problem, mode, gpu)
 
     return [mode for mode in map(str, kind.axes(problem)["precision"]) if legal(mode)]
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 import ast
 import re
 from functools import lru_cache
-from pathlib import Path
 
-SHARED = tuple(Path(__file__).with_name(name) for name in ("blocks.py", "packing.py"))
-"""The modules that shared functions are in; one may use those before it."""
+from otgen.resources import SHARED
 
-
-_IMPORT = re.compile(r"^from otgen\.(blocks|packing) import .*\n+", re.MULTILINE)
+_IMPORT = re.compile(rf"^from otgen\.({'|'.join(path.stem for path in SHARED)}) import .*\n+", re.MULTILINE)
 
 
 def inlined(text: str) -> str:

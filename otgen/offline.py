@@ -49,7 +49,6 @@ class _Stub:
     """Stands in for a contiguous tensor at an aligned address: what `launch()` and Triton's specialisation look at."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
         self.shape = spec.shape
         self.dtype = DTYPE_NAMES[spec.dtype]
         self.bytes = BYTES[spec.dtype]

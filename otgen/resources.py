@@ -10,6 +10,9 @@ from otgen.errors import OtgenError
 
 PACKAGE = Path(__file__).parent
 
+SHARED = tuple(PACKAGE / name for name in ("blocks.py", "packing.py"))
+"""The modules of Triton functions that rendered kernels share; one may use those before it."""
+
 
 @lru_cache
 def resource(folder: str) -> Path:
@@ -28,8 +31,6 @@ def template_hash(family: str) -> str:
     """Twelve hex digits of the sources a kernel of `family` is made of: its template, in parts, and the shared functions."""
     digest = hashlib.sha256()
     templates = resource("templates")
-    for template in (templates / f"{family}.py.jinja", *sorted((templates / family).glob("*.jinja"))):
-        digest.update(template.read_bytes())
-    for shared in ("blocks.py", "packing.py"):
-        digest.update((PACKAGE / shared).read_bytes())
+    for part in (templates / f"{family}.py.jinja", *sorted((templates / family).glob("*.jinja")), *SHARED):
+        digest.update(part.read_bytes())
     return digest.hexdigest()[:12]

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen.errors import OtgenError
 from otgen.families import family
-from otgen.families.packed import is_packed
-from otgen.families.tiles import torch_dtype
+from otgen.families.tiles import is_packed, torch_dtype
 from otgen.problem import Problem, Spec, Variant
 
 if TYPE_CHECKING:

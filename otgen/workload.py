@@ -12,8 +12,8 @@ from math import ceil
 from typing import Any
 
 from otgen.families import family
-from otgen.families.packed import depths, is_packed
-from otgen.families.tiles import bias_depth
+from otgen.families.packed import depths
+from otgen.families.tiles import bias_depth, is_by_columns, is_packed
 from otgen.gpus import Gpu
 from otgen.isa import Mix, average, hot_loops
 from otgen.model import ASSUMED, LaunchCost
@@ -86,7 +86,7 @@ class Tile:
             shares_values=work.own_values,
             bias_depth=bias_depth(variant),
             packed_width=sum(depths(problem.d, str(variant["precision"]))) if is_packed(variant) else 0,
-            by_columns=variant.get("bias", "added") != "added",
+            by_columns=is_by_columns(variant),
             ordered=work.ordered,
         )
 

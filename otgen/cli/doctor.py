@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sqlite3
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import click
 from otgen import __version__
 from otgen.ranking import stale
 from otgen.store import default_path, shipped
+from otgen.store.connect import places
 
 if TYPE_CHECKING:
     from otgen.store.health import Health
@@ -39,7 +39,8 @@ def doctor(context: click.Context, path: Path | None, as_json: bool) -> None:
     own = default_path()
     files = [path] if path else [*([own] if own.exists() else []), *shipped()]
     found = [examine(file, tools, stale) for file in files]
-    report = {"tools": tools, "places": _places(), "used": str(own), "databases": found, "gpus": _gpus()}
+    looked_for = {name: str(place or "") for name, place in places().items()}
+    report = {"tools": tools, "places": looked_for, "used": str(own), "databases": found, "gpus": _gpus()}
     if as_json:
         click.echo(json.dumps(report | {"databases": [_json(health) for health in found]}, indent=1))
     else:
@@ -63,16 +64,6 @@ def _tools() -> dict[str, str]:
     except (OSError, ImportError):
         tools["ptxas"] = ""
     return tools
-
-
-def _places() -> dict[str, str]:
-    """Where your database is looked for, first to last → the file it would be; "" for what is not set."""
-    home = os.environ.get("XDG_DATA_HOME")
-    return {
-        "$OTGEN_DB": os.environ.get("OTGEN_DB", ""),
-        "$XDG_DATA_HOME": str(Path(home) / "otgen" / "tuning.db") if home else "",
-        "~/.local/share": str(Path.home() / ".local" / "share" / "otgen" / "tuning.db"),
-    }
 
 
 def _gpus() -> list[dict[str, Any]]:

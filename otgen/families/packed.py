@@ -15,7 +15,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from otgen.families.tiles import across_warps, is_resident, power_of_two
+from otgen.families.tiles import across_warps, is_by_columns, is_packed, is_resident, power_of_two
 from otgen.gpus import Gpu
 from otgen.precision import MODES
 from otgen.problem import Problem, Sweep, Variant
@@ -24,13 +24,10 @@ BIAS_PARTS = {"fp16": 2, "bf16": 3}
 """Numbers of a type that hold an fp32 bias to its last bit: 11 and a sign each, or 8."""
 
 LARGEST_DEPTH = 512
+"""Columns of a packed point at most."""
 
 PACKED_POINTS = 16
 """Points a program of the first launch packs."""
-
-
-def is_packed(variant: Variant) -> bool:
-    return variant.get("operands", "stored") == "packed"
 
 
 def depths(d: int, precision: str) -> tuple[int, int]:
@@ -50,6 +47,7 @@ def constants(problem: Problem, variant: Variant) -> dict[str, Any]:
         return {}
     mode = MODES[str(variant["precision"])]
     depth, rest = depths(problem.d, mode.name)
+    fill, spare = filling(variant)
     return {
         "element": mode.unit,
         "x_parts": tuple(x for x, _ in mode.packed),
@@ -58,6 +56,9 @@ def constants(problem: Problem, variant: Variant) -> dict[str, Any]:
         "depth": depth,
         "rest": rest,
         "reach": depth * (2 if rest else 1),
+        "fill": fill,
+        "spare": spare,
+        "points": PACKED_POINTS,
     }
 
 
@@ -67,10 +68,19 @@ def stored_precision(variant: Variant) -> str:
     return "ieee" if mode.only_packed else mode.name
 
 
+def filling(variant: Variant) -> tuple[int, int]:
+    """Packed clouds are filled up to a multiple of the first number, whole tiles, and have as many of these to spare as the second.
+
+    From the diagonal on tiles begin anywhere, and the last may reach beyond.
+    """
+    return max(variant.int("BLOCK_M"), variant.int("BLOCK_N")), int(variant["fusion"] == "half_sweep")
+
+
 def packing(n: int, m: int, variant: Variant, batch: int) -> Sweep:
-    """The launch that packs both clouds, up to whole tiles; from the diagonal on these begin anywhere, and one is spare."""
-    fill, spare = max(variant.int("BLOCK_M"), variant.int("BLOCK_N")), 2 * (variant["fusion"] == "half_sweep")
-    return Sweep((ceil(n / fill) + ceil(m / fill) + spare) * (fill // PACKED_POINTS) * batch, 0, (n + m) * batch)
+    """The launch that packs both clouds."""
+    fill, spare = filling(variant)
+    blocks = sum(ceil(size / fill) + spare for size in (n, m))
+    return Sweep(blocks * (fill // PACKED_POINTS) * batch, 0, (n + m) * batch)
 
 
 def packed_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
@@ -82,7 +92,7 @@ def packed_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return f"the scale's root would round {problem.dtype} coordinates, which are exact as they are stored"
     if not mode.packed:
         return f"{mode.name} operands are not of 16 bits"
-    if variant.get("bias", "added") == "added":
+    if not is_by_columns(variant):
         return "packed operands hold the biases: bias=mma or wgmma"
     if not is_resident(problem, variant):
         return "operands are packed from all coordinates at once"
@@ -91,7 +101,7 @@ def packed_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return f"a packed operand would have more than {LARGEST_DEPTH} columns"
     block_m, block_n = variant.int("BLOCK_M"), variant.int("BLOCK_N")
     buffers = max(1, variant.int("num_stages") - 1)
-    row_block = 0 if not across_warps(gpu, block_n, variant.int("num_warps")) else block_m
+    row_block = block_m if across_warps(gpu, block_n, variant.int("num_warps")) else 0
     if (row_block + block_n * buffers) * width * 2 > gpu.shared_per_block:
         return f"the operands exceed {gpu.shared_per_block} bytes of shared memory"
     return ""

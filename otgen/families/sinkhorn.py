@@ -80,7 +80,7 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
             return "a program that has its sums to itself has no order to keep"
         if scratch_bytes(problem, variant) > LARGEST_SCRATCH:
             return f"the shares of its sums exceed {LARGEST_SCRATCH} bytes"
-    if variant["fusion"] == "split_step" and not packed.is_packed(variant) and variant.get("SPLITS", 1) == 1:
+    if variant["fusion"] == "split_step" and not tiles.is_packed(variant) and variant.get("SPLITS", 1) == 1:
         return "a program that has a row to itself can update it"
     fewest = min(problem.n, problem.m) if problem.flag("schedule") == "debiased" else problem.m
     if variant.get("SPLITS", 1) != 1 and variant.int("SPLITS") * variant.int("BLOCK_N") > fewest:
@@ -89,7 +89,7 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return "a block of rows has one part, all columns"
     if variant.get("GROUP", 0) and variant.int("GROUP") * variant.int("BLOCK_M") >= problem.n:
         return "all blocks of rows would be one group, as without groups"
-    if packed.is_packed(variant):
+    if tiles.is_packed(variant):
         if variant["fusion"] not in SWEPT:
             return "a sweep of packed operands leaves what it cannot hold to the launch that updates"
         if variant["fusion"] == "three_sweeps":
@@ -144,7 +144,7 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 def work(problem: Problem, variant: Variant) -> Work:
     work = _work(problem, variant)
-    if not packed.is_packed(variant):
+    if not tiles.is_packed(variant):
         return work
     return replace(work, launches=(packed.packing(problem.n, problem.m, variant, problem.batch), *work.launches))
 

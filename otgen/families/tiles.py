@@ -115,9 +115,19 @@ def tile_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     return ""
 
 
+def is_by_columns(variant: Variant) -> bool:
+    """Whether tiles are held columns by rows, since a product adds their biases."""
+    return variant.get("bias", "added") != "added"
+
+
+def is_packed(variant: Variant) -> bool:
+    """Whether operands are packed by a launch of their own (`otgen.families.packed`)."""
+    return variant.get("operands", "stored") == "packed"
+
+
 def bias_depth(variant: Variant) -> int:
-    """Depth of the product that adds the biases; 0 where they are added one by one."""
-    return 0 if variant.get("bias", "added") == "added" or variant.get("operands", "stored") == "packed" else 16
+    """Depth of the product that adds the biases and nothing else; 0 without one."""
+    return 16 if is_by_columns(variant) and not is_packed(variant) else 0
 
 
 def across_warps(gpu: Gpu, rows: int, warps: int) -> bool:
@@ -133,7 +143,7 @@ def bias_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     wgmma   likewise, as matrix instructions across warps do
     """
     block_m, block_n, warps = (variant.int(axis) for axis in ("BLOCK_M", "BLOCK_N", "num_warps"))
-    if variant.get("bias", "added") == "added":
+    if not is_by_columns(variant):
         return ""
     if variant["stabiliser"] != "shifted":
         return "a running maximum rescales a row's sum with every tile: no part of it can wait"
@@ -186,7 +196,7 @@ def loads_misfit(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         return "the loop of a running maximum reads by pointers"
     if not is_resident(problem, variant):
         return "a descriptor's tile is of all coordinates"
-    if variant.get("operands", "stored") == "stored" and problem.d * BYTES[problem.dtype] % DESCRIPTOR_UNIT:
+    if not is_packed(variant) and problem.d * BYTES[problem.dtype] % DESCRIPTOR_UNIT:
         return f"a descriptor's rows are multiples of {DESCRIPTOR_UNIT} bytes"
     return ""
 
@@ -201,7 +211,7 @@ def eviction_misfit(variant: Variant, gpu: Gpu) -> str:
         return "a request by descriptor says nothing of eviction"
     if variant["num_stages"] != 1:
         return "copies ahead of their use, past the registers, say nothing of eviction"
-    if variant.get("bias", "added") == "added":
+    if not is_by_columns(variant):
         return "columns of masked tiles are read as rows are, which nobody reads again: bias=mma or wgmma"
     return ""
 

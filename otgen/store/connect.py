@@ -15,13 +15,20 @@ BUSY_SECONDS = 10.0
 """How long a writer waits for another one."""
 
 
+def places() -> dict[str, Path | None]:
+    """Where the user's database is looked for, first to last → the file it would be; None for what is not set."""
+    chosen, home = os.environ.get("OTGEN_DB"), os.environ.get("XDG_DATA_HOME")
+    inside = Path("otgen") / "tuning.db"
+    return {
+        "$OTGEN_DB": Path(chosen).expanduser() if chosen else None,
+        "$XDG_DATA_HOME": Path(home) / inside if home else None,
+        "~/.local/share": Path.home() / ".local" / "share" / inside,
+    }
+
+
 def default_path() -> Path:
     """The user's database: ``$OTGEN_DB``, else ``otgen/tuning.db`` in the user's data directory."""
-    chosen = os.environ.get("OTGEN_DB")
-    if chosen:
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share") / "otgen" / "tuning.db"
+    return next(place for place in places().values() if place is not None)
 
 
 @contextmanager
