@@ -1,13 +1,13 @@
 """Tunes the standard set for GPUs of the table and writes tuning_db/<slug>.db.
 
-Usage: python benchmarks/ship.py [--max-trials N] [--carry] [SLUG ...]; all GPUs by default.
+Usage: python benchmarks/ship.py [--max-trials N] [--carry | --lacking] [SLUG ...]; all GPUs by default.
 
 All GPUs share one working database, so GPUs of one architecture, and sizes of one problem, share their compilations. Without the
 GPU the rows are predicted. Interrupt it whenever you like; run again, it goes on. The problems whose instructions are counted
 (benchmarks/static.py) are searched four times as deep, before all others.
 
 After an edit of a template, what it renders as before is carried over first and searched no more; --carry does that alone, from
-the shipped files themselves where there is no working database.
+the shipped files themselves where there is no working database. --lacking searches problems without any winner, and no others.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("slugs", nargs="*", metavar="SLUG")
     parser.add_argument("--max-trials", type=int, default=12)
     parser.add_argument("--carry", action="store_true", help="carry over what earlier templates taught, search nothing")
+    parser.add_argument("--lacking", action="store_true", help="search only problems that have no winner yet")
     parser.add_argument("--work", type=Path, default=Path("build/ship.db"), help="the working database")
     parser.add_argument("--out", type=Path, default=resource("tuning_db"), help="where the files go")
     options = parser.parse_args()
@@ -54,15 +55,17 @@ def main() -> None:
             if options.carry and not work.exists():
                 work = Path(shutil.copy(resource("tuning_db") / f"{slug}.db", folder))
             with Store.open(work) as store:
-                ship(slug, problems, store, 0 if options.carry else options.max_trials, options.out)
+                ship(slug, problems, store, 0 if options.carry else options.max_trials, options.out, lacking=options.lacking)
 
 
-def ship(slug: str, problems: Sequence[Problem], store: Store, max_trials: int, out: Path) -> None:
+def ship(slug: str, problems: Sequence[Problem], store: Store, max_trials: int, out: Path, *, lacking: bool = False) -> None:
     """Carries over, searches up to `max_trials` variants a problem, and writes the GPU's file."""
     began, added = time.monotonic(), 0
     carried = carry(problems, gpu(slug), store).total()
-    for chosen, trials in ((QUOTED, 4 * max_trials), (problems, max_trials)) if max_trials else ():
-        for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None):
+    done = {winner.problem for winner in store.winners(slug) if not stale(winner)} if lacking else set()
+    for wanted, trials in ((QUOTED, 4 * max_trials), (problems, max_trials)) if max_trials else ():
+        chosen = [problem for problem in wanted if problem not in done]
+        for summary in tune(chosen, gpu(slug), store, Settings(max_trials=trials), lambda progress: None) if chosen else ():
             added += summary.added
     store.snapshot(out / f"{slug}.db", winners_of=slug, templates=[template_hash(name) for name in FAMILIES])
     winners = store.winners(slug)

@@ -354,3 +354,23 @@ def row_dots(p_ptr, q_ptr, rows, n, D: tl.constexpr, BLOCK_K: tl.constexpr, MASK
         q = load_points(q_ptr, rows, n, k, D, BLOCK_K, MASK_K).to(tl.float32)
         dots += tl.sum(p * q, 1)
     return dots
+
+
+@triton.jit
+def sum_of_sums(values):
+    """Their sum, where they are made of sums of a tile. The scan keeps two reductions apart (see `not_finite`)."""
+    last = tl.arange(0, values.shape[0]) == values.shape[0] - 1
+    return tl.sum(tl.where(last, tl.cumsum(values, 0), 0.0), 0)
+
+
+@triton.jit
+def grid_barrier(arrived_ptr, times):
+    """Waits until all programs on the grid's first axis have come here for the `times`-th time, counted from 1.
+
+    Afterwards each sees what the others wrote before. Only in a cooperative launch: programs that are not on the GPU never come.
+    """
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < times * tl.num_programs(0):
+        pass
+    tl.debug_barrier()

@@ -86,6 +86,7 @@ class Dispatcher:
         self._choices: dict[tuple[Any, ...], Choice] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._sources: dict[tuple[str, int | str], list[Source]] = {}
+        self._tuned: dict[tuple[Any, ...], bool] = {}
         self._detected: dict[str, gpus.Gpu] = {}
         self._said: set[str] = set()
         self._pins: dict[tuple[str, Flags], Variant] = {}
@@ -103,7 +104,7 @@ class Dispatcher:
 
     def forget(self) -> None:
         """Read the databases again at the next question."""
-        for memory in (self._choices, self._kernels, self._sources):
+        for memory in (self._choices, self._kernels, self._tuned, self._sources):
             memory.clear()
 
     def choose(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> Choice:
@@ -129,6 +130,15 @@ class Dispatcher:
             module = load(centre(Problem(family, n, m, d, dtype, flags)), choice.variant)
             kernel = self._kernels[key] = Kernel(choice, module.launch)
         return kernel
+
+    def is_tuned(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> bool:
+        """Whether `choose` would find more than the family's default; it says nothing of what it finds."""
+        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, modes)
+        known = self._tuned.get(key)
+        if known is None:
+            explained = self.explain(Problem(family, n, m, d, dtype, flags), gpu, modes)
+            known = self._tuned[key] = explained.choice.cache != "default"
+        return known
 
     def named(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, variant: Variant) -> Kernel:
         """`variant` and the launch of the module rendered for it, whatever else is tuned. Raises NoValidVariant when it misfits."""
@@ -287,6 +297,7 @@ def cure(problem: Problem, gpu: str) -> str:
 _DISPATCHER = Dispatcher()
 choose = _DISPATCHER.choose
 kernel = _DISPATCHER.kernel
+is_tuned = _DISPATCHER.is_tuned
 named = _DISPATCHER.named
 explain = _DISPATCHER.explain
 current_gpu = _DISPATCHER.current_gpu

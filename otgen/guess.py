@@ -63,7 +63,7 @@ def guess(tile: Tile, variant: Variant, gpu: Gpu) -> tuple[Mix, int]:
     mix = Mix(
         slots=slots + 2 * spilled + 10 * polynomials,
         mufu=pairs - polynomials,
-        fp32=pairs * (sums + 2.0 * (tile.products - 1) + (tile.depth if kind == "fma" else 0)) + 8 * polynomials,
+        fp32=pairs * (sums + 2.0 * max(0, tile.products - 1) + (tile.depth if kind == "fma" else 0)) + 8 * polynomials,
         alu=pairs * (0.4 + 1.5 * running) + 3 * polynomials,
         shared=shared,
         shuffle=pairs * _shuffles(tile, features),
@@ -109,7 +109,7 @@ def tile_features(tile: Tile, variant: Variant, gpu: Gpu) -> dict[str, float]:
         "one": 1.0,
         "running": running,
         "both sums": float(tile.both_sums),
-        "second product": float(tile.products - 1),
+        "second product": float(max(0, tile.products - 1)),
         "output": float(tile.w > 0),
         "looped": float(not tile.resident),
         "depth": tile.depth * itemsize / 128,

@@ -38,6 +38,7 @@ class Assumptions:
     prologue_cycles  from a program's start to its first tile, and from its last tile to its end
     latency_cycles   waiting for a tile that was not requested ahead (num_stages = 1)
     sector_bytes     L2 traffic of one atomic addition
+    barrier_us       for all programs of a launch to wait for each other once
     evidence         where the numbers come from; replaced when they are fitted to measurements
     """
 
@@ -46,6 +47,7 @@ class Assumptions:
     prologue_cycles: float = 1500.0
     latency_cycles: float = 600.0
     sector_bytes: int = 32
+    barrier_us: float = 1.5
     evidence: str = "assumed"
 
 
@@ -63,6 +65,7 @@ class LaunchCost:
     cloud_bytes    what every program streams; it comes from DRAM once per wave when L2 cannot hold it
     pipelined      whether the next tile is requested before this one is done
     cold           its loop normally does not run: only launch and prologue are counted
+    barriers       times that all programs wait for each other
     """
 
     programs: int
@@ -78,15 +81,16 @@ class LaunchCost:
     pipelined: bool = True
     cold: bool = False
     tensor_memory: int = 0
+    barriers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """A predicted time in microseconds and what it is made of.
 
-    terms  µs each of `UNITS` alone would be busy; µs of launch, of prologue, and of tail (lost to a partial last wave); bound, the
-           longest of these but for prologue and tail; of the longest launch: waves, occupancy (resident programs per SM), limit
-           (what limits it) and overlap; assumptions, where the assumed numbers come from. JSON-able
+    terms  µs each of `UNITS` alone would be busy; µs of launch, of barriers, of prologue, and of tail (lost to a partial last
+           wave); bound, the longest of these but for prologue and tail; of the longest launch: waves, occupancy (resident programs
+           per SM), limit (what limits it) and overlap; assumptions, where the assumed numbers come from. JSON-able
     """
 
     microseconds: float
@@ -118,10 +122,10 @@ def predict(gpu: Gpu, launches: Sequence[LaunchCost], assumptions: Assumptions =
     Raises CompileError (status ``resource``) when a program does not fit on an SM.
     """
     parts = [_predict_launch(gpu, cost, assumptions) for cost in launches]
-    total = {name: sum(float(part[name]) for part in parts) for name in (*UNITS, "launch", "prologue", "tail", "total")}
+    total = {name: sum(float(part[name]) for part in parts) for name in (*UNITS, "launch", "barriers", "prologue", "tail", "total")}
     longest = max(parts, key=lambda part: float(part["total"]))
     rest = {name: longest[name] for name in ("waves", "occupancy", "limit", "overlap")}
-    busy = {name: total[name] for name in (*UNITS, "launch")}
+    busy = {name: total[name] for name in (*UNITS, "launch", "barriers")}
     microseconds = total.pop("total")
     bound = max(busy, key=lambda name: busy[name])
     return Prediction(microseconds, {**total, **rest, "bound": bound, "assumptions": assumptions.evidence})
@@ -145,17 +149,19 @@ def _predict_launch(gpu: Gpu, cost: LaunchCost, assumptions: Assumptions) -> dic
     moved = cost.program_bytes * cost.programs / gpu.sms / gpu.l2_bytes_per_cycle
     prologue = (full + bool(rest)) * assumptions.prologue_cycles + moved
     units = _unit_cycles(gpu, cost, resident, waves)
+    waiting = cost.barriers * assumptions.barrier_us
     share = iterations * cost.programs / gpu.sms / gpu.clock_mhz
     return {
         **{unit: share * busy for unit, busy in units.items()},
         "launch": assumptions.launch_us,
+        "barriers": waiting,
         "prologue": prologue / gpu.clock_mhz,
         "tail": max(0.0, cycles - ideal) / gpu.clock_mhz,
         "waves": waves,
         "occupancy": resident,
         "limit": limit,
         "overlap": _overlap(resident, assumptions),
-        "total": assumptions.launch_us + (cycles + prologue) / gpu.clock_mhz,
+        "total": assumptions.launch_us + waiting + (cycles + prologue) / gpu.clock_mhz,
     }
 
 

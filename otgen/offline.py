@@ -48,6 +48,8 @@ def launches_of(module: ModuleType, problem: Problem, target: Gpu) -> list[Launc
 class _Stub:
     """Stands in for a contiguous tensor at an aligned address: what `launch()` and Triton's specialisation look at."""
 
+    is_cuda = True
+
     def __init__(self, spec: Spec) -> None:
         self.shape = spec.shape
         self.dtype = DTYPE_NAMES[spec.dtype]

@@ -128,7 +128,7 @@ def _slug(device: torch.device) -> str:
     return current_gpu(device)
 
 
-def _launch(
+def run(
     family: str, flags: Flags, modes: tuple[str, ...], arguments: dict[str, Any], extents: Extents | None, **each: Scalar
 ) -> None:
     """Run the kernel on the device its tensors live on, which need not be the current one.
@@ -143,12 +143,12 @@ def _launch(
     found = kernel(family, x, arguments["y"], flags, modes)
     if found.choice is not None and is_described(found.choice.variant):
         arguments |= {name: _aligned(arguments[name]) for name in ("x", "y")}
-    run = found.launch
+    go = found.launch
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            run(**arguments)
+            go(**arguments)
     else:
-        run(**arguments)
+        go(**arguments)
 
 
 def _aligned(points: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def sinkhorn_half_step(
     """
     u_out, rho = torch.empty_like(u), torch.empty_like(u)
     arguments = {"x": x, "y": y, "u": u, "v": v, "b": b, "x_sq": x_sq, "u_out": u_out, "rho": rho}
-    _launch("sinkhorn", ALTERNATING, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
+    run("sinkhorn", ALTERNATING, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
     return u_out, rho
 
 
@@ -211,7 +211,7 @@ def sinkhorn_symmetric_step(
     clouds = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "x_sq": x_sq, "y_sq": y_sq}
     outputs = {"u_out": u_out, "v_out": v_out, "rho": rho, "gamma": gamma}
     each = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b}
-    _launch("sinkhorn", SYMMETRIC, modes, {**clouds, **outputs, "step": step}, extents, **each)
+    run("sinkhorn", SYMMETRIC, modes, {**clouds, **outputs, "step": step}, extents, **each)
     return u_out, v_out, rho, gamma
 
 
@@ -235,7 +235,7 @@ def sinkhorn_own_step(
     """
     u_out, rho = torch.empty_like(u), torch.empty_like(u)
     arguments = {"x": x, "y": y, "u": u, "a": a, "x_sq": x_sq, "u_out": u_out, "rho": rho}
-    _launch("sinkhorn", OWN, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
+    run("sinkhorn", OWN, modes, {**arguments, "step": step}, extents, scale=scale, damping=damping)
     return u_out, rho
 
 
@@ -265,7 +265,7 @@ def sinkhorn_debiased_step(
     sums = {name: torch.empty_like(old) for name, old in zip(("rho", "gamma", "rho_p", "rho_q"), potentials.values())}
     each = {"scale": scale, "damping_a": damping_a, "damping_b": damping_b}
     arguments = {"x": x, "y": y, **potentials, **weights, **new, **sums, "step": step}
-    _launch("sinkhorn", DEBIASED, modes, arguments, extents, **each)
+    run("sinkhorn", DEBIASED, modes, arguments, extents, **each)
     return (*new.values(), *sums.values())  # type: ignore[return-value]
 
 
@@ -288,7 +288,7 @@ def apply_plan(
     out = values.new_empty(u.shape if vector else (*u.shape, values.shape[-1]))
     flags = VECTOR if vector else (("output", "matrix"), ("width", values.shape[-1]))
     arguments = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "values": values, "out": out}
-    _launch("transport", flags, modes, arguments, extents, scale=scale)
+    run("transport", flags, modes, arguments, extents, scale=scale)
     return out
 
 
@@ -310,7 +310,7 @@ def plan_gradient(
     """2·cost·(marginal ∘ x − P y), (n, d): the derivative of the transport cost in x for the row marginal P·1 = `marginal`."""
     out = u.new_empty(x.shape)
     plan = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b}
-    _launch("transport", GRADIENT, modes, {**plan, "marginal": marginal, "out": out, "cost": cost}, extents, scale=scale)
+    run("transport", GRADIENT, modes, {**plan, "marginal": marginal, "out": out, "cost": cost}, extents, scale=scale)
     return out
 
 
@@ -334,7 +334,7 @@ def hvp_matvec(
     out = torch.empty_like(u)
     vectors = {"left": left, "right": right, "w": w, "z": z, "out": out}
     scalars = {"scale": scale, "alpha": alpha, "beta": beta}
-    _launch("hvp", MATVEC, modes, {"x": x, "y": y, "u": u, "v": v, **vectors, **scalars}, None)
+    run("hvp", MATVEC, modes, {"x": x, "y": y, "u": u, "v": v, **vectors, **scalars}, None)
     return out
 
 
@@ -361,5 +361,5 @@ def hvp_assemble(
     plan = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b}
     solution = {"marginal": marginal, "direction": direction, "w_f": w_f, "w_g": w_g, "out": out}
     scalars = {"scale": scale, "cost": cost, "inverse_eps": inverse_eps}
-    _launch("hvp", ASSEMBLY, modes, {**plan, **solution, **scalars}, None)
+    run("hvp", ASSEMBLY, modes, {**plan, **solution, **scalars}, None)
     return out

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from otgen.errors import UsageError, unknown
@@ -90,6 +91,16 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
+def bucket(size: int) -> int:
+    """log2 of the power of two nearest to `size`, by ratio. Problems whose n and m have the same share their variants."""
+    return (2 * size * size).bit_length() - 1 >> 1
+
+
+def largest_alike(size: int) -> int:
+    """The largest size of the bucket of `size`."""
+    return isqrt((1 << 2 * bucket(size) + 1) - 1)
+
+
 class Variant(Mapping[str, Value]):
     """How a problem is computed: an immutable, hashable mapping from axis to value, in sorted order."""
 
@@ -153,21 +164,25 @@ Argument = Spec | float
 class Sweep:
     """One launch as the model sees it: `programs`, each visiting `tiles` tiles of `streamed` points (none: it normally idles).
 
-    shares  of each of its rows' sums, that a program reads and adds up, on average
+    shares    of each of its rows' sums, that a program reads and adds up, on average
+    barriers  times that all programs of the launch wait for each other
     """
 
     programs: int
     tiles: float
     streamed: int
     shares: float = 0.0
+    barriers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a variant does per pair besides one score and one exponential, and its launches.
 
-    products       score products over all d coordinates           width      output columns per tile of a second product
-    both_sums      whether columns are summed too                  own_values whether the second product reuses y's loaded tile
+    products       score products over all d coordinates, 0 where they are kept from tile to tile
+    width          output columns per tile of a second product
+    both_sums      whether columns are summed too
+    own_values     whether the second product reuses y's loaded tile
     ordered        whether their sums are written as shares, for another launch to add up, instead of added by atomics
     """
 

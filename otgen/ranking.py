@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from otgen import families
 from otgen.errors import UsageError
 from otgen.precision import MODES
-from otgen.problem import Problem, Value, Variant
+from otgen.problem import Problem, Value, Variant, bucket
 from otgen.resources import template_hash
 from otgen.store import Winner
 
@@ -32,11 +32,6 @@ class Candidate:
     cache: Cache
     variant: Variant
     refused: str
-
-
-def bucket(size: int) -> int:
-    """log2 of the power of two nearest to `size`, by ratio."""
-    return (2 * size * size).bit_length() - 1 >> 1
 
 
 def centre(problem: Problem) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def resource(folder: str) -> Path:
 def template_hash(family: str) -> str:
     """Twelve hex digits of the sources a kernel of `family` is made of: its template, in parts, and the shared functions."""
     digest = hashlib.sha256()
-    templates = resource("templates")
-    for part in (templates / f"{family}.py.jinja", *sorted((templates / family).glob("*.jinja")), *SHARED):
+    folder = resource("templates")
+    template = folder / f"{family}.py.jinja"
+    for part in (template, *(folder / name for name in _INCLUDE.findall(template.read_text())), *SHARED):
         digest.update(part.read_bytes())
     return digest.hexdigest()[:12]
+
+
+_INCLUDE = re.compile(r'^ *#: include "(.+)"$', re.MULTILINE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from otgen.errors import OtgenError
 from otgen.families import family
-from otgen.families.tiles import is_packed, torch_dtype
+from otgen.families.tiles import is_packed, is_whole, torch_dtype
 from otgen.problem import Problem, Spec, Variant
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ class Accuracy:
 def small(problem: Problem, variant: Variant) -> Problem:
     """An awkward problem of the same kind that is quick to interpret: a little more than two tiles, three of a batch at most.
 
-    Two, because the first rows are redone, and a sweep that ended too soon would still have seen two tiles of fewer columns.
+    Two, because the first rows are redone, and a sweep that ended too soon would still have seen two tiles of fewer columns. Of a
+    variant whose tile is the whole problem, a little less than one.
     """
     flags = tuple((name, min(problem.batch, 3) if name == "batch" else value) for name, value in problem.flags)
-    return replace(problem, n=2 * variant.int("BLOCK_M") + 3, m=2 * variant.int("BLOCK_N") + 5, flags=flags)
+    block_m, block_n = variant.int("BLOCK_M"), variant.int("BLOCK_N")
+    if is_whole(variant):
+        return replace(problem, n=block_m - 3, m=block_n - (3 if problem.own else 5), flags=flags)
+    return replace(problem, n=2 * block_m + 3, m=2 * block_n + 5, flags=flags)
 
 
 def verify(problem: Problem, variant: Variant, launch: Callable[..., None], device: str, seed: int = 0) -> list[Accuracy]:
@@ -65,7 +69,7 @@ def _argument(spec: Spec | float, value: Any, device: str) -> torch.Tensor | flo
     import torch
 
     if not isinstance(spec, Spec):
-        return float(value)
+        return type(spec)(value)
     dtype = torch_dtype(spec.dtype)
     if spec.role == "in":
         tensor: torch.Tensor = value.to(dtype).contiguous().to(device)

@@ -114,6 +114,8 @@ class Tile:
     @property
     def loaded_bytes(self) -> float:
         """Read from L2 for one tile: column block, row block unless resident, values, vectors, column sums."""
+        if not self.products:
+            return 0.0
         operands = self.n * self.point if self.resident else (self.m + self.n) * self.d * self.products
         values = 0 if self.shares_values else self.n * self.w
         column_sums = self.n * (BYTES["fp32"] if self.ordered else ASSUMED.sector_bytes) if self.both_sums else 0
@@ -156,4 +158,5 @@ def launch_cost(variant: Variant, gpu: Gpu, tile: Tile, sweep: Sweep, launch: Co
         pipelined=variant.int("num_stages") > 1,
         cold=sweep.tiles == 0,
         tensor_memory=launch.tensor_memory,
+        barriers=sweep.barriers,
     )

@@ -19,8 +19,7 @@ from otgen import families, gpus
 from otgen.dispatch import Choice, Dispatcher
 from otgen.errors import NoValidVariant, UsageError
 from otgen.precision import MODES as ALL_MODES
-from otgen.problem import Problem, Variant
-from otgen.ranking import bucket
+from otgen.problem import Problem, Variant, bucket, largest_alike
 from otgen.store import Store, TuningWarning
 
 
@@ -58,6 +57,7 @@ def quietly(path: Path, *question: int, **options: object) -> Choice:
 )
 def test_a_bucket_is_the_nearest_power_of_two_by_ratio(size: int, power: int) -> None:
     assert bucket(size) == power
+    assert bucket(largest_alike(size)) == power == bucket(largest_alike(size) + 1) - 1
 
 
 def test_an_exact_hit_is_silent_remembered_and_shared_by_its_bucket(path: Path) -> None:

@@ -31,6 +31,8 @@ PACKED: dict[str, int | str] = {"fusion": "split_step", "SPLITS": 4, "bias": "wg
 
 KEPT: dict[str, int | str] = {"fusion": "half_step", "bias": "mma", "eviction": "last", "num_stages": 1}
 
+LOOPED: dict[str, int | str] = {"fusion": "streamed", "bias": "added", "PROGRAMS": 1}
+
 CASES = {
     "sinkhorn_alternating": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating"),
     "sinkhorn_alternating_running": case("sinkhorn", {"fusion": "half_step", "stabiliser": "running"}, schedule="alternating"),
@@ -56,6 +58,10 @@ CASES = {
     "transport_gradient": case("transport", {"BLOCK_W": 64}, output="gradient"),
     "hvp_matvec": case("hvp", {}, product="matvec"),
     "hvp_assembly": case("hvp", {"BLOCK_W": 64}, product="assembly"),
+    "loop_alternating": case("loop", LOOPED | {"PROGRAMS": 64}, schedule="alternating"),
+    "loop_symmetric": case("loop", LOOPED | {"bias": "wgmma", "PROGRAMS": 64}, schedule="symmetric"),
+    "loop_own": case("loop", LOOPED, schedule="own"),
+    "loop_resident": case("loop", LOOPED | {"fusion": "resident", "num_stages": 1}, schedule="symmetric", batch=64),
 }
 
 
@@ -75,11 +81,11 @@ def test_goldens_cover_every_family_fusion_and_bias_and_nothing_else() -> None:
     assert problems == {(name, next(iter(flags.values()))) for name, flags in combinations}
     for schedule in ("symmetric", "own", "debiased"):
         problem = family("sinkhorn").problem(1, 1, 1, schedule=schedule)
-        assert {v["fusion"] for p, v in CASES.values() if p.flags == problem.flags} == set(
-            family("sinkhorn").axes(problem)["fusion"]
-        )
+        fusions = {v["fusion"] for p, v in CASES.values() if (p.family, p.flags) == (problem.family, problem.flags)}
+        assert fusions == set(family("sinkhorn").axes(problem)["fusion"])
     biases = {family("sinkhorn").complete(p, v)["bias"] for p, v in CASES.values() if p.family == "sinkhorn"}
     assert biases == set(family("sinkhorn").axes(problem)["bias"])
+    assert {v["fusion"] for p, v in CASES.values() if p.family == "loop"} == {"streamed", "resident"}
     sums = {v.get("sums", "atomic") for p, v in CASES.values() if p.family == "sinkhorn"}
     assert sums == set(family("sinkhorn").axes(problem)["sums"])
 

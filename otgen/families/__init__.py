@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from otgen.errors import unknown
-from otgen.families import hvp, sinkhorn, transport
+from otgen.families import hvp, loop, sinkhorn, transport
 from otgen.problem import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (sinkhorn, transport, hvp)}
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (sinkhorn, transport, hvp, loop)}
 
 
 def family(name: str) -> Family:

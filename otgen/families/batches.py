@@ -16,13 +16,16 @@ from otgen.problem import Argument, Problem, Spec, Variant
 if TYPE_CHECKING:
     import torch
 
-PER_PROBLEM = ("scale", "damping", "damping_a", "damping_b")
+PER_PROBLEM = ("scale", "damping", "damping_a", "damping_b", "tol")
 
 PADDING = {"rho": 1.0, "gamma": 1.0, "rho_p": 1.0, "rho_q": 1.0, "out": 0.0}
 """What a kernel writes for padding, besides potentials, which it copies from the input they are the update of."""
 
 SECOND = ("v_out", "gamma", "q_out", "rho_q")
 """Outputs that belong to the columns."""
+
+OF_NO_POINT = ("missed",)
+"""Outputs that are not of points: numbers of a problem, all of them zero where it rests."""
 
 Inputs = Callable[[Problem, int], dict[str, Any]]
 Reference = Callable[[Problem, Mapping[str, Any]], dict[str, Any]]
@@ -77,10 +80,15 @@ def reference(of: Reference) -> Reference:
     def batched(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
         if problem.batch == 1:
             return of(problem, given)
+        import torch
+
         expected = [of(*part) for part in given["parts"]]
         found = {}
         for name in expected[0]:
             values = _padded([one[name] for one in expected])
+            if name in OF_NO_POINT:
+                found[name] = torch.where(given["rows"][:, None] > 0, values, 0.0)
+                continue
             kept = given[name.removesuffix("_out")] if name.endswith("_out") else values.new_full(values.shape, PADDING[name])
             counts = given["columns" if name in SECOND else "rows"]
             real = _inside(values, counts)
@@ -98,11 +106,16 @@ def budget(of: Budget) -> Budget:
             return of(problem, variant, given, expected)
         allowed = []
         for i, (part, one) in enumerate(given["parts"]):
-            own = {name: value[i, : part.m if name in SECOND else part.n] for name, value in expected.items()}
+            own = {name: value[i, : _size(part, name)] for name, value in expected.items()}
             allowed.append(of(part, variant, one, own))
         return {name: max(one[name] for one in allowed) for name in allowed[0]}
 
     return batched
+
+
+def _size(problem: Problem, name: str) -> int | None:
+    """How many entries of an output there are, None for all."""
+    return None if name in OF_NO_POINT else problem.m if name in SECOND else problem.n
 
 
 def _part(problem: Problem, i: int) -> Problem:

@@ -177,6 +177,11 @@ def exp2_misfit(variant: Variant, gpu: Gpu) -> str:
     return ""
 
 
+def is_whole(variant: Variant) -> bool:
+    """Whether the tile is the whole problem (`otgen.families.loop`)."""
+    return variant.get("fusion") == "resident"
+
+
 def is_described(variant: Variant) -> bool:
     """Whether streamed columns are fetched by tensor descriptor."""
     return variant.get("loads", "pointers") == "descriptor"

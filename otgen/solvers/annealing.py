@@ -56,6 +56,11 @@ def anneal(steps: Steps, f: Tensor, g: Tensor, through: np.ndarray) -> Annealed:
     """
     at = [_stage(steps, through[:, i]) for i in range(through.shape[1])] + [steps]
     u, v = at[0].scaled(f, g)
+    if steps.clouds.extents is None and steps.runs("alternating"):
+        eps = [stage.eps for stage in at[:-1]]
+        if eps:
+            u, v = (potential * (eps[-1] / steps.eps) for potential in at[0].run(u, v, eps, "alternating")[:2])
+        at = at[-1:]
     for stage, following in pairwise(at):
         u, _ = stage.rows(u, v)
         v, _ = stage.columns(u, v)

@@ -72,6 +72,7 @@ class End:
     u, v          (n,), (m,) scaled potentials: those after the full update, or `old` ones without it
     u_old, v_old  the pair that the full update started from;  u_full, v_full  what it gave
     met           whether the threshold was; None where there was none
+    looped        whether one launch made all averaged updates
     own           whether the sides are one measure, relaxed alike: then one potential stands for both
     """
 
@@ -86,6 +87,7 @@ class End:
     passes: int
     met: bool | None
     own: bool
+    looped: bool = False
 
     @property
     def swapped(self) -> End:
@@ -168,13 +170,17 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
     def translated(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return at.translated(u, v) if moved else (u, v)
 
+    looped = steps.runs("own" if own else "symmetric") and schedule.threshold is None and not moved
     at = steps.at(schedule.eps[0])
     nothing = torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.b)
     u, v = translated(*updated(*at.scaled(*nothing), 1.0))
+    if looped:
+        u, v = at.run(u, v, schedule.eps, "own" if own else "symmetric", 0.5)[:2]
+        at = steps.at(schedule.eps[-1])
     checked: tuple[Tensor, Tensor] | None = None
     met = None if schedule.threshold is None else False
     n = 0
-    for eps in schedule.eps:
+    for eps in () if looped else schedule.eps:
         u, v = u * (at.eps / eps), v * (at.eps / eps)
         at = steps.at(eps)
         u, v = translated(*updated(u, v, 0.5))
@@ -188,7 +194,9 @@ def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:
         checked = u, v
     u_full, v_full = updated(u, v, 1.0)
     last = translated(u_full, v_full) if schedule.last_extrapolation else (u, v)
-    return End(at, *last, u, v, u_full, v_full, n, (n + 2) * (1 if own else at.sweeps), met, own)
+    n = len(schedule.eps) if looped else n
+    single, each = (1, 1) if own else (at.sweeps, 2 if looped else at.sweeps)
+    return End(at, *last, u, v, u_full, v_full, n, 2 * single + n * each, met, own, looped)
 
 
 def run_together(steps: Steps, eps: tuple[float, ...], *, last_extrapolation: bool) -> tuple[End, End, End]:
@@ -275,7 +283,7 @@ class Extrapolated:
         for end in self.ends:
             clouds = self.cross.steps.clouds if self.together else end.steps.clouds
             flags = ops.DEBIASED if self.together else ops.OWN if end.own else ops.SYMMETRIC
-            choice = ops.kernel("sinkhorn", clouds.x, clouds.y, flags, end.steps.modes).choice
+            choice = ops.kernel("loop" if end.looped else "sinkhorn", clouds.x, clouds.y, flags, end.steps.modes).choice
             found.append(Solution(end.steps, end.outcome(), choice))
         return Divergence(*found)
 
@@ -286,7 +294,7 @@ class Extrapolated:
 def solve(steps: Steps, schedule: Schedule, *, debias: bool) -> Extrapolated:
     """The schedule for a problem and, when debiased, for each side with itself."""
     alike = steps.rho_a == steps.rho_b
-    if debias and alike and schedule.threshold is None and steps.clouds.opposite is None:
+    if debias and alike and schedule.threshold is None and steps.clouds.opposite is None and not steps.runs("symmetric"):
         return Extrapolated(*run_together(steps, schedule.eps, last_extrapolation=schedule.last_extrapolation), together=True)
     cross = run(steps, schedule)
     if not debias:

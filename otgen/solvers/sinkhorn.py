@@ -22,6 +22,9 @@ Stop = Literal["tol", "max_iter", "precision floor", "nan"]
 GPU_INTERVAL = 8
 """Iterations between two looks at the error on a GPU: each look waits for the device. On a CPU it is looked at every time."""
 
+PLAIN = 32
+"""Iterations where many plain ones are one launch, before mixtures are made at every one: small clouds often need no more."""
+
 STALL, REST = 25, 5
 """Iterations without a new smallest error after which a mixture is given up, and iterations without one that follow: a few clusters
 of different masses can keep it wandering. On clouds where it converges well neither is ever met."""
@@ -109,6 +112,11 @@ class Watch:
     def due(self, n: int) -> bool:
         return n % self.interval == 0 or bool(np.any(self.max_iter == n))
 
+    def ahead(self, n: int) -> int:
+        """Iterations after the n-th up to the next that is due."""
+        left = self.max_iter[self.max_iter > n] - n
+        return int(min([self.interval - n % self.interval, *left]))
+
     def look(self, error: Tensor, n: int, forgiven: np.ndarray | None = None) -> np.ndarray:
         """Takes the errors (…, 1) met after `n` iterations, and stops problems. Returns which of those `forgiven` met NaN."""
         met = _on_host(error)
@@ -171,11 +179,15 @@ def alternating(steps: Steps, u: Tensor, v: Tensor, watch: Watch, *, accelerated
                  loop goes on from the last error it saw, without mixing
     """
     every, steps = steps, watch.working(steps)
+    by_runs = steps.balanced and steps.runs("alternating")
     mixer = Anderson(steps.clouds.a, gauge=steps.balanced, longest=steps.span / 4) if accelerated else None
     mixing, rested = np.full(watch.running.shape, accelerated), np.full(watch.running.shape, -REST)
     u, _ = steps.rows(u, v)
     safe, r, n = u, torch.zeros_like(u), 0
     while True:
+        if by_runs and (k := watch.ahead(n) - 1) and (mixer is None or n < PLAIN):
+            v, u = steps.swapped.run(v, u, [steps.eps] * k, "alternating")[:2]
+            n += k
         n += 1
         v, _ = steps.columns(u, v)
         image, rho = steps.rows(u, v)
@@ -221,7 +233,12 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
     u_half, v_half, _, _ = steps.both(*pair)
     pair = moved(steps.translated(2.0 * u_half - u, 2.0 * v_half - v), pair)
     marginals, n = (torch.zeros_like(u), torch.zeros_like(v)), 0
+    by_runs = steps.balanced and steps.runs("symmetric")
     while True:
+        if by_runs and not watch.due(n):
+            k = watch.ahead(n)
+            pair = steps.run(*pair, [steps.eps] * k, "symmetric", 0.5)[:2]
+            n += k
         u_half, v_half, rho, gamma = steps.both(*pair)
         if watch.due(n):
             r, c, error = met(*pair, rho, gamma)
@@ -252,8 +269,10 @@ def self_problem(steps: Steps, u: Tensor, watch: Watch) -> Outcome:
     """
     every, steps = steps, watch.working(steps)
     u, _ = steps.own(u, step=1.0)
-    r, n = torch.zeros_like(u), 0
+    r, n, by_runs = torch.zeros_like(u), 0, steps.runs("own")
     while True:
+        if by_runs and (k := watch.ahead(n) - 1):
+            u, n = steps.run(u, u, [steps.eps] * k, "own", 0.5)[0], n + k
         n += 1
         half, rho = steps.own(u)
         if watch.due(n):

@@ -13,6 +13,7 @@ Everything here takes one problem, whose vectors are (n,), or a batch of them: v
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otgen import ops
+from otgen import iterations, ops
 from otgen.ops import Scalar
 from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds
@@ -163,6 +164,36 @@ class Steps:
         sides = self, self.swapped, self.alone, self.swapped.alone
         u, v, p, q = (side.relaxed(new, old, step) for side, new, old in zip(sides, out, (u, v, p, q)))
         return u, v, p, q
+
+    def runs(self, schedule: str) -> bool:
+        """Whether many iterations of a schedule should be one launch (`otgen.iterations`)."""
+        return iterations.pays(self.clouds.x, self.clouds.y, schedule, self.modes)
+
+    def run(
+        self, u: Tensor, v: Tensor, eps: Sequence[Scalar], schedule: str, step: float = 1.0, tol: Scalar = -1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One iteration at each regularisation, the first of which u and v are scaled by: what `otgen.iterations` returns.
+
+        No pair is moved along (f + t, g − t) on the way (`translated`).
+        """
+        c = self.clouds
+        course = self.course(eps)
+        launch = {name: value for name, value in self.launch.items() if name != "scale"}
+        return iterations.sinkhorn_iterations(
+            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, course=course, schedule=schedule, step=step, tol=tol, **launch
+        )
+
+    def course(self, eps: Sequence[Scalar]) -> Tensor:
+        """(…, k, 5): what each of k iterations goes by (`otgen.families.loop`)."""
+        a = self.clouds.a
+        rows = [
+            (scale(now), now / (now + self.rho_a), now / (now + self.rho_b), kappa(now) * self.lift, now / following)
+            for now, following in zip(eps, (*eps[1:], eps[-1]))
+        ]
+        if a.ndim == 1:
+            return torch.tensor(rows, dtype=a.dtype, device=a.device)
+        every = [torch.as_tensor(number, dtype=a.dtype, device=a.device).expand(len(a), 1) for row in rows for number in row]
+        return torch.cat(every, 1).reshape(len(a), len(rows), -1)
 
     @property
     def launch(self) -> dict[str, Any]:
