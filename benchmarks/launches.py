@@ -1,0 +1,243 @@
+"""Launches and waits of a solve on a GPU, counted without one, and the Python time of its iterations.
+
+    python benchmarks/launches.py
+
+*Counted*: every launch takes the variant that dispatch chooses for an H100 and is computed by streamed PyTorch in its place; a variant
+counts as many kernels as its launch starts. A wait is a number that the host reads off a tensor (`item`, `bool`, `nonzero`, a copy to
+the CPU). Exact, whatever the machine.
+
+*Timed*: the schedule of SamplesLoss through the real launches and Triton's own launcher, compiled for an H100, over a driver that does
+nothing: what Python and PyTorch do between two kernels, on this machine's CPU. The fastest of several repeats.
+
+Writes benchmarks/results/launches.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import otgen
+from otgen import dispatch, families, iterations, ops
+from otgen.problem import Problem
+from otgen.solvers import sinkhorn
+
+RESULT = Path(__file__).parent / "results" / "launches.json"
+GPU = "h100"
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one call: kernels started, those of loops among them, waits of the host, iterations (of the problem between the clouds)."""
+
+    what: str
+    kernels: int
+    loops: int
+    waits: int
+    iterations: int
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that wait for a GPU, outside of what stands for kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.inside = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside and func.overloadpacket.__name__ in WAITS:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_if_on_a_gpu(launched: Callable[[str, Any], Callable[..., None]] | None) -> Iterator[None]:
+    """CPU tensors take the kernels of GPU, looked at as often as there. `launched`: (family, choice and problem) → what runs instead."""
+    kept = ops.streamed, ops.NOMINAL_GPU, sinkhorn.interval, dispatch.kernel
+    ops.streamed, ops.NOMINAL_GPU, sinkhorn.interval = (lambda x: False), GPU, (lambda x: sinkhorn.GPU_INTERVAL)
+    if launched is not None:
+
+        def kernel(family: str, gpu: str, *question: Any) -> dispatch.Kernel:
+            choice = dispatch.choose(family, gpu, *question)
+            return dispatch.Kernel(choice, launched(family, (choice, Problem(family, *question[:-1]))))
+
+        dispatch.kernel = kernel
+    try:
+        yield
+    finally:
+        ops.streamed, ops.NOMINAL_GPU, sinkhorn.interval, dispatch.kernel = kept
+
+
+def counted(what: str, call: Callable[[], Any], iterations_of: Callable[[Any], int]) -> Count:
+    """One call, its kernels computed by streamed PyTorch."""
+    waits, kernels = Waits(), {"all": 0, "loop": 0}
+    streamed = ops.streamed
+
+    def launched(family: str, chosen: Any) -> Callable[..., None]:
+        choice, problem = chosen
+        number = len(families.family(family).work(problem, choice.variant).launches)
+
+        def run(**arguments: Any) -> None:
+            kernels["all"] += number
+            kernels["loop"] += number * (family == "loop")
+            waits.inside += 1
+            ops.streamed, here = streamed, ops.streamed
+            try:
+                compute(family, problem, arguments)
+            finally:
+                ops.streamed = here
+                waits.inside -= 1
+
+        return run
+
+    cpu = torch.Tensor.cpu
+    with as_if_on_a_gpu(launched), waits:
+        torch.Tensor.cpu = lambda self: (setattr(waits, "count", waits.count + (not waits.inside)), cpu(self))[1]
+        try:
+            found = call()
+        finally:
+            torch.Tensor.cpu = cpu
+    return Count(what, kernels["all"], kernels["loop"], waits.count, iterations_of(found))
+
+
+def compute(family: str, problem: Problem, arguments: dict[str, Any]) -> None:
+    """What a launch of `family` does, by streamed PyTorch."""
+    if family != "loop":
+        batched = problem.batch > 1
+        flags = tuple(flag for flag in problem.flags if flag[0] != "batch")
+        every, matrix = (ops.STREAMED_BATCH, ops.STREAMED_BATCH_MATRIX) if batched else (ops.STREAMED, ops.STREAMED_MATRIX)
+        every.get(flags, matrix).launch(**arguments)
+        return
+    given = dict(arguments)
+    own = "v" not in given
+    if own:
+        given |= {"v": given["u"], "b": given["a"], "y_sq": given["x_sq"]}
+    extents = (given["rows"], given["columns"]) if "rows" in given else None
+    schedule = str(dict(problem.flags)["schedule"])
+    tensors = [given[name] for name in ("x", "y", "u", "v", "a", "b", "x_sq", "y_sq")]
+    tol = given["tol"]
+    found = iterations.sinkhorn_iterations(
+        *tensors, course=given["course"], schedule=schedule, step=given["step"], tol=tol, extents=extents
+    )
+    for name, value in zip(("u_out", "v_out", "rho", "gamma", "missed"), found):
+        if name in given:
+            given[name].copy_(value)
+
+
+def clouds(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(*shape, 3, generator=generator), torch.rand(*shape, 3, generator=generator)
+
+
+def counts() -> Iterator[Count]:
+    """The table."""
+    steps = [len(eps) for eps in [schedule_of(0.05, 0.5)]][0]
+    for shape in ((1000,), (64, 128), (6000,)):
+        loss = otgen.SamplesLoss(blur=0.05, scaling=0.5, diameter=3**0.5)
+        yield counted(f"SamplesLoss, {text(shape)}", lambda: loss(*clouds(*shape)), lambda found: steps)
+    for method in ("alternating", "symmetric", "anderson"):
+        for shape in ((1000,), (64, 128)):
+            solve = otgen.solve_sample if len(shape) == 1 else otgen.solve_sample_batch
+            options = {"reg": 0.02, "method": method, "tol": 1e-3}
+            yield counted(
+                f"method={method!r}, {text(shape)}",
+                lambda: solve(*clouds(*shape), **options),
+                lambda found: int(torch.as_tensor(found.n_iters).max()),
+            )
+
+
+def schedule_of(blur: float, scaling: float) -> tuple[float, ...]:
+    from otgen.solvers.schedule import geometric
+
+    return geometric(3**0.5, blur, scaling)
+
+
+def text(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} points" if len(shape) == 1 else f"{shape[0]} problems of {shape[1]} points"
+
+
+def timed() -> dict[str, float]:
+    """Microseconds of Python for each iteration of SamplesLoss's schedule (debiased), in a process that compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--timed"]
+    found: dict[str, float] = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
+def time_here() -> dict[str, float]:
+    from triton.runtime.driver import driver
+
+    from otgen.gpus import gpu
+    from otgen.offline import OfflineDriver
+
+    class Idle(OfflineDriver):
+        """A driver whose launches do nothing."""
+
+        class utils:
+            @staticmethod
+            def load_binary(*given: Any) -> tuple[int, int, int, int, int]:
+                return 0, 0, 0, 0, 1024
+
+            @staticmethod
+            def get_device_properties(device: int) -> dict[str, int]:
+                return {"max_shared_mem": gpu(GPU).shared_per_block}
+
+        @staticmethod
+        def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+            return lambda *given, **named: None
+
+    driver.set_active(Idle(gpu(GPU)))
+    torch.Tensor.is_cuda = property(lambda self: True)  # a loop of one program each would be no GPU's
+    torch.cuda.current_device = lambda: None
+    found = {}
+    with as_if_on_a_gpu(None):
+        for shape in ((1000,), (64, 128), (6000,)):
+            loss = otgen.SamplesLoss(blur=0.001, scaling=0.9, diameter=3**0.5)
+            x, y = clouds(*shape)
+            number = len(schedule_of(0.001, 0.9))
+            loss(x, y)
+            best = min(_seconds(lambda: loss(x, y)) for _ in range(REPEATS))
+            found[text(shape)] = 1e6 * best / number
+    return found
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    if parser.parse_args().timed:
+        print(json.dumps(time_here()))
+        return
+    report = {"gpu": GPU, "counted": [asdict(count) for count in counts()], "python_us_per_iteration": timed()}
+    RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"{'':44}{'iterations':>11}{'kernels':>9}{'loops':>7}{'waits':>7}")
+    for row in report["counted"]:
+        print(f"{row['what']:44}{row['iterations']:11}{row['kernels']:9}{row['loops']:7}{row['waits']:7}")
+    for name, microseconds in report["python_us_per_iteration"].items():
+        print(f"SamplesLoss, {name}: {microseconds:.1f} µs of Python an iteration")
+
+
+if __name__ == "__main__":
+    main()
