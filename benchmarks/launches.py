@@ -2,12 +2,12 @@
 
     python benchmarks/launches.py
 
-*Counted*: every launch takes the variant that dispatch chooses for an H100 and is computed by streamed PyTorch in its place; a variant
-counts as many kernels as its launch starts. A wait is a number that the host reads off a tensor (`item`, `bool`, `nonzero`, a copy to
-the CPU). Exact, whatever the machine.
+*Counted*: every launch takes the variant that dispatch chooses for an H100 and is computed by streamed PyTorch in its place; a
+variant counts as many kernels as its launch starts. A wait is a number that the host reads off a tensor (`item`, `bool`, `nonzero`,
+a copy to the CPU). Exact, whatever the machine.
 
-*Timed*: the schedule of SamplesLoss through the real launches and Triton's own launcher, compiled for an H100, over a driver that does
-nothing: what Python and PyTorch do between two kernels, on this machine's CPU. The fastest of several repeats.
+*Timed*: the schedule of SamplesLoss through the real launches and Triton's own launcher, compiled for an H100, over a driver that
+does nothing: what Python and PyTorch do between two kernels, on this machine's CPU. The fastest of several repeats.
 
 Writes benchmarks/results/launches.json.
 """
@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ RESULT = Path(__file__).parent / "results" / "launches.json"
 GPU = "h100"
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 REPEATS = 7
+SHAPES = (1000,), (64, 128), (6000,)
+"""Points of both clouds, or problems and points of a batch: of loops, of a batch of loops, and too large for them."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """Of one call: kernels started, those of loops among them, waits of the host, iterations (of the problem between the clouds)."""
+    """Of one call: kernels started, loops among them, waits of the host, and iterations of the problem between the clouds."""
 
     what: str
     kernels: int
@@ -67,7 +70,10 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def as_if_on_a_gpu(launched: Callable[[str, Any], Callable[..., None]] | None) -> Iterator[None]:
-    """CPU tensors take the kernels of GPU, looked at as often as there. `launched`: (family, choice and problem) → what runs instead."""
+    """CPU tensors take the kernels of GPU, and errors are looked at as often as there.
+
+    launched  (family, (choice, problem)) → what runs instead of a kernel; None: the kernel
+    """
     kept = ops.streamed, ops.NOMINAL_GPU, sinkhorn.interval, dispatch.kernel
     ops.streamed, ops.NOMINAL_GPU, sinkhorn.interval = (lambda x: False), GPU, (lambda x: sinkhorn.GPU_INTERVAL)
     if launched is not None:
@@ -146,19 +152,26 @@ def clouds(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def counts() -> Iterator[Count]:
     """The table."""
-    steps = [len(eps) for eps in [schedule_of(0.05, 0.5)]][0]
-    for shape in ((1000,), (64, 128), (6000,)):
-        loss = otgen.SamplesLoss(blur=0.05, scaling=0.5, diameter=3**0.5)
-        yield counted(f"SamplesLoss, {text(shape)}", lambda: loss(*clouds(*shape)), lambda found: steps)
+    for shape in SHAPES:
+        yield counted(f"SamplesLoss, {text(shape)}", partial(loss_of, shape, 0.05, 0.5), lambda found: len(schedule_of(0.05, 0.5)))
     for method in ("alternating", "symmetric", "anderson"):
-        for shape in ((1000,), (64, 128)):
-            solve = otgen.solve_sample if len(shape) == 1 else otgen.solve_sample_batch
-            options = {"reg": 0.02, "method": method, "tol": 1e-3}
-            yield counted(
-                f"method={method!r}, {text(shape)}",
-                lambda: solve(*clouds(*shape), **options),
-                lambda found: int(torch.as_tensor(found.n_iters).max()),
-            )
+        for shape in SHAPES[:2]:
+            yield counted(f"method={method!r}, {text(shape)}", partial(solved, shape, method), most_iterations)
+
+
+def loss_of(shape: tuple[int, ...], blur: float, scaling: float) -> torch.Tensor:
+    """A debiased SamplesLoss between two clouds of the unit cube."""
+    found: torch.Tensor = otgen.SamplesLoss(blur=blur, scaling=scaling, diameter=3**0.5)(*clouds(*shape))
+    return found
+
+
+def solved(shape: tuple[int, ...], method: str) -> Any:
+    solve: Any = otgen.solve_sample if len(shape) == 1 else otgen.solve_sample_batch
+    return solve(*clouds(*shape), reg=0.02, method=method, tol=1e-3)
+
+
+def most_iterations(found: Any) -> int:
+    return int(torch.as_tensor(found.n_iters).max())
 
 
 def schedule_of(blur: float, scaling: float) -> tuple[float, ...]:
@@ -206,13 +219,10 @@ def time_here() -> dict[str, float]:
     torch.cuda.current_device = lambda: None
     found = {}
     with as_if_on_a_gpu(None):
-        for shape in ((1000,), (64, 128), (6000,)):
-            loss = otgen.SamplesLoss(blur=0.001, scaling=0.9, diameter=3**0.5)
-            x, y = clouds(*shape)
-            number = len(schedule_of(0.001, 0.9))
-            loss(x, y)
-            best = min(_seconds(lambda: loss(x, y)) for _ in range(REPEATS))
-            found[text(shape)] = 1e6 * best / number
+        for shape in SHAPES:
+            call = partial(loss_of, shape, 0.001, 0.9)
+            call()
+            found[text(shape)] = 1e6 * min(_seconds(call) for _ in range(REPEATS)) / len(schedule_of(0.001, 0.9))
     return found
 
 

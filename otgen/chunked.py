@@ -129,6 +129,31 @@ def apply_matrix(
     out.mul_(a[:, None])
 
 
+def apply_both(
+    *,
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    values: Tensor,
+    values_t: Tensor,
+    out: Tensor,
+    out_t: Tensor,
+    scale: float,
+) -> None:
+    """P·values (n, k) and Pᵀ·values_t (m, k) from the same exponentials."""
+    weighted, weighted_t = values * b[:, None], values_t * a[:, None]
+    out.zero_()
+    out_t.zero_()
+    for rows, columns, tile in score_tiles(left_factor(x, masked(u, a), scale), right_factor(y, masked(v, b))):
+        out[rows].addmm_(tile.exp2_(), weighted[columns])
+        out_t[columns].addmm_(tile.T, weighted_t[rows])
+    out.mul_(a[:, None])
+    out_t.mul_(b[:, None])
+
+
 def gradient(
     *,
     x: Tensor,

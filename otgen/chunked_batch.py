@@ -18,8 +18,8 @@ from torch import Tensor
 from otgen import chunked
 from otgen.chunked import CPU_TILE, GPU_TILE, HIGHEST, LOWEST, NEVER, left_factor, masked, right_factor
 
-LEFT = ("x", "u", "a", "x_sq", "u_out", "rho", "marginal", "out")
-RIGHT = ("y", "v", "b", "y_sq", "v_out", "gamma", "values")
+LEFT = ("x", "u", "a", "x_sq", "u_out", "rho", "marginal", "values_t", "out")
+RIGHT = ("y", "v", "b", "y_sq", "v_out", "gamma", "values", "out_t")
 """Which side's points an argument belongs to; the others are numbers."""
 
 
@@ -94,6 +94,13 @@ def apply_matrix(*, rows: Tensor, columns: Tensor, **arguments: Any) -> None:
     _each(rows, columns, arguments, chunked.apply_matrix, _products)
 
 
+def apply_both(*, rows: Tensor, columns: Tensor, **arguments: Any) -> None:
+    """P·values and Pᵀ·values_t of each problem, (batch, n, k) and (batch, m, k)."""
+    arguments["out"].zero_()
+    arguments["out_t"].zero_()
+    _each(rows, columns, arguments, chunked.apply_both, _both_products)
+
+
 def gradient(*, marginal: Tensor, cost: float = 1.0, **arguments: Any) -> None:
     """The derivatives of the transport costs in x, (batch, n, d), by the envelope theorem."""
     apply_matrix(values=arguments["y"], **arguments)
@@ -153,9 +160,19 @@ def _symmetric_steps(run: Run, own: dict[str, Any]) -> None:
 
 def _products(run: Run, own: dict[str, Any]) -> None:
     a, b = own["a"], own["b"]
-    left = left_factor(own["x"], masked(own["u"], a), own["scale"][:, None, None])
-    p = torch.bmm(left, right_factor(own["y"], masked(own["v"], b)).mT).exp2_()
-    own["out"].copy_(torch.bmm(p, own["values"] * b[..., None]).mul_(a[..., None]))
+    own["out"].copy_(torch.bmm(_exponentials(own), own["values"] * b[..., None]).mul_(a[..., None]))
+
+
+def _both_products(run: Run, own: dict[str, Any]) -> None:
+    p, a, b = _exponentials(own), own["a"][..., None], own["b"][..., None]
+    own["out"].copy_(torch.bmm(p, own["values"] * b).mul_(a))
+    own["out_t"].copy_(torch.bmm(p.mT, own["values_t"] * a).mul_(b))
+
+
+def _exponentials(own: dict[str, Any]) -> Tensor:
+    """2^S, zero where a weight is."""
+    left = left_factor(own["x"], masked(own["u"], own["a"]), own["scale"][:, None, None])
+    return torch.bmm(left, right_factor(own["y"], masked(own["v"], own["b"])).mT).exp2_()
 
 
 def _weighted(p: Tensor, weights: Tensor) -> Tensor:

@@ -26,11 +26,10 @@ def pays(x: Tensor, y: Tensor, schedule: str, modes: tuple[str, ...]) -> bool:
     """
     if ops.streamed(x) or max(x.shape[-2], y.shape[-2]) > loop.LARGEST:
         return False
-    from otgen import dispatch
     from otgen.override import variant_of
 
     flags = SCHEDULES[schedule]
-    return variant_of("sinkhorn", flags) is None and dispatch.is_tuned(*ops.question("loop", x, y, flags), modes)
+    return variant_of("sinkhorn", flags) is None and ops.is_tuned("loop", x, y, flags, modes)
 
 
 def sinkhorn_iterations(

@@ -23,6 +23,7 @@ from otgen.opaque import UNCAPTURED, refuse_forward_mode, samples_loss, samples_
 
 __all__ = [
     "apply_plan",
+    "apply_plan_both",
     "hvp_assemble",
     "hvp_matvec",
     "plan_gradient",
@@ -109,6 +110,11 @@ sinkhorn_debiased_step = _operator(
     lambda x, y, u, v, *rest, **more: tuple(_like(side) for side in (u, v) * 4),
 )
 apply_plan = _operator("apply_plan", f"({PLAN}, Tensor values, str[] modes, float scale=1.0, {BATCH}) -> Tensor", _applied)
+apply_plan_both = _operator(
+    "apply_plan_both",
+    f"({PLAN}, Tensor values, Tensor values_t, str[] modes, float scale=1.0, {BATCH}) -> (Tensor, Tensor)",
+    lambda x, y, u, v, a, b, values, values_t, *rest, **more: (_like(values_t), _like(values)),
+)
 plan_gradient = _operator(
     "plan_gradient",
     f"({PLAN}, Tensor marginal, str[] modes, float scale=1.0, float cost=1.0, {BATCH}) -> Tensor",
@@ -156,6 +162,7 @@ OPERATORS = {
     "sinkhorn_own_step": sinkhorn_own_step,
     "sinkhorn_debiased_step": sinkhorn_debiased_step,
     "apply_plan": apply_plan,
+    "apply_plan_both": apply_plan_both,
     "plan_gradient": plan_gradient,
     "hvp_matvec": hvp_matvec,
     "hvp_assemble": hvp_assemble,

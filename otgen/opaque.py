@@ -10,7 +10,7 @@ The operators are functions: what a loss was told comes as JSON, which torch.com
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from otgen.errors import Unsupported, UsageError
 from otgen.solvers.inputs import working_dtype
 from otgen.solvers.problems import Solved, problem_of
+from otgen.solvers.value import derivatives
 from otgen.tracing import REFUSED
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def _solved(tensors: tuple[Tensor | None, ...], options: str) -> Solved:
     return loss._solve((a, x, b, y), label_x, label_y)[1]
 
 
-def _slopes(unit: float, like: Tensor, wanted: list[bool], derivatives: tuple[Callable[[], Tensor], ...]) -> tuple[Tensor, ...]:
-    """The derivatives that are wanted, per unit of the loss; empty for the others."""
-    pairs = zip(wanted, derivatives)
-    return tuple((unit * of()).to(like.dtype).contiguous() if asked else like.new_empty(0) for asked, of in pairs)
+def _slopes(unit: float, like: Tensor, found: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """Derivatives per unit of the loss; empty for those that are not wanted."""
+    return tuple(like.new_empty(0) if of is None else (unit * of).to(like.dtype).contiguous() for of in found)
 
 
 def _value(*args: Any) -> tuple[Tensor, ...]:
@@ -97,14 +97,8 @@ def _value(*args: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode("samples_loss")
     solved = _solved(args[:TENSORS], args[TENSORS])
     found, dtype = solved.found, working_dtype(args[0])
-    derivatives = (
-        found.gradient,
-        lambda: found.gradient(transposed=True),
-        found.weight_gradient,
-        lambda: found.weight_gradient(transposed=True),
-    )
     value = solved.unit * found.dual().to(dtype)
-    return value, *_slopes(solved.unit, value, args[TENSORS + 1], derivatives)
+    return value, *_slopes(solved.unit, value, derivatives(found, args[TENSORS + 1]))
 
 
 def _potentials(*args: Any) -> tuple[Tensor, ...]:
@@ -112,9 +106,10 @@ def _potentials(*args: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode("samples_potentials")
     solved = _solved(args[:TENSORS], args[TENSORS])
     found = solved.found
-    derivatives = found.potential_gradient, lambda: found.potential_gradient(transposed=True)
+    wanted = enumerate(args[TENSORS + 1][:2])
+    slopes = [found.potential_gradient(transposed=bool(side)) if asked else None for side, asked in wanted]
     f, g = ((solved.unit * potential).contiguous() for potential in found.potentials())
-    return f, g, *_slopes(solved.unit, f, args[TENSORS + 1], derivatives)
+    return f, g, *_slopes(solved.unit, f, slopes)
 
 
 def _fake(count: int, shapes: Callable[[Tensor, Tensor], tuple[Any, ...]]) -> Callable[..., tuple[Tensor, ...]]:

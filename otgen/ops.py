@@ -64,7 +64,7 @@ STREAMED: dict[Flags, Streamed] = {
     MATVEC: Streamed(chunked.matvec),
     ASSEMBLY: Streamed(chunked.assemble),
 }
-STREAMED_MATRIX = Streamed(chunked.apply_matrix)
+STREAMED_MATRIX, STREAMED_BOTH = Streamed(chunked.apply_matrix), Streamed(chunked.apply_both)
 
 STREAMED_BATCH: dict[Flags, Streamed] = {
     ALTERNATING: Streamed(chunked_batch.half_step),
@@ -74,7 +74,7 @@ STREAMED_BATCH: dict[Flags, Streamed] = {
     VECTOR: Streamed(chunked_batch.apply_vector),
     GRADIENT: Streamed(chunked_batch.gradient),
 }
-STREAMED_BATCH_MATRIX = Streamed(chunked_batch.apply_matrix)
+STREAMED_BATCH_MATRIX, STREAMED_BATCH_BOTH = Streamed(chunked_batch.apply_matrix), Streamed(chunked_batch.apply_both)
 
 LARGEST_BATCH = 65535
 """Problems in a launch: what the second and third axes of a grid can count."""
@@ -100,7 +100,10 @@ def kernel(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ..
     Raises what `otgen.dispatch.kernel` does.
     """
     if streamed(x):
-        return STREAMED.get(flags, STREAMED_MATRIX) if x.ndim == 2 else STREAMED_BATCH.get(flags, STREAMED_BATCH_MATRIX)
+        both = ("output", "both") in flags
+        if x.ndim == 2:
+            return STREAMED.get(flags, STREAMED_BOTH if both else STREAMED_MATRIX)
+        return STREAMED_BATCH.get(flags, STREAMED_BATCH_BOTH if both else STREAMED_BATCH_MATRIX)
     from otgen import dispatch
     from otgen.override import variant_of
 
@@ -114,6 +117,13 @@ def question(family: str, x: Tensor, y: Tensor, flags: Flags) -> tuple[str, str,
         flags = (("batch", _rounded(len(x))), *flags)
     gpu = NOMINAL_GPU if x.device.type == "cpu" else _slug(x.device)
     return family, gpu, x.shape[-2], y.shape[-2], x.shape[-1], DTYPES[x.dtype], flags
+
+
+def is_tuned(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ...]) -> bool:
+    """Whether a launch for clouds like these would take more than its family's default."""
+    from otgen import dispatch
+
+    return dispatch.is_tuned(*question(family, x, y, flags), modes)
 
 
 def _rounded(batch: int) -> int:
@@ -290,6 +300,36 @@ def apply_plan(
     arguments = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b, "values": values, "out": out}
     run("transport", flags, modes, arguments, extents, scale=scale)
     return out
+
+
+@opaque
+def apply_plan_both(
+    x: Tensor,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    values: Tensor,
+    values_t: Tensor,
+    *,
+    scale: Scalar,
+    modes: tuple[str, ...] = ("ieee",),
+    extents: Extents | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(P·values (n, k), Pᵀ·values_t (m, k)) for values (m, k) and values_t (n, k), from one sweep where that is fastest.
+
+    Where no such kernel was tuned, they are two applications, whose kernels were.
+    """
+    flags = (("output", "both"), ("width", values.shape[-1]))
+    if not (streamed(x) or is_tuned("transport", x, y, flags, modes)):
+        applied = apply_plan(x, y, u, v, a, b, values, scale=scale, modes=modes, extents=extents)
+        return applied, apply_plan(y, x, v, u, b, a, values_t, scale=scale, modes=modes, extents=extents and extents[::-1])
+    out, out_t = values_t.new_empty(values_t.shape), values.new_empty(values.shape)
+    plan = {"x": x, "y": y, "u": u, "v": v, "a": a, "b": b}
+    results = {"values": values, "values_t": values_t, "out": out, "out_t": out_t}
+    run("transport", flags, modes, {**plan, **results}, extents, scale=scale)
+    return out, out_t
 
 
 @opaque

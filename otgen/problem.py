@@ -26,6 +26,9 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
 LARGEST_CLOUD, LARGEST_DIMENSION = (1 << 31) - 1, 1 << 16
 """Points are counted in 32 bits; offsets of coordinates in 64."""
 
+LARGE = 1 << 30
+"""Points of a cloud that is larger than any tile needs."""
+
 Value = int | str
 
 
@@ -184,6 +187,7 @@ class Work:
     both_sums      whether columns are summed too
     own_values     whether the second product reuses y's loaded tile
     ordered        whether their sums are written as shares, for another launch to add up, instead of added by atomics
+    added          columns of output that are added up for each column of a tile, by atomics
     """
 
     launches: tuple[Sweep, ...]
@@ -192,6 +196,7 @@ class Work:
     both_sums: bool = False
     own_values: bool = False
     ordered: bool = False
+    added: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,7 @@ class Family:
     flags      name → the values it may take; ``int`` stands for any positive integer
     axes       problem → axis → the values that may be tried (before `fits`); BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages,
                precision and stabiliser are always among them (`otgen.families.tiles.tile_axes`): the model and the checks read them
-    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality. Of plain
-               variants, smaller n or m may forbid more, never less
+    fits       (problem, variant, gpu) → "" when legal, else the reason it is not; the *only* statement of legality
     default    problem → the variant used when nothing was tuned: legal on every GPU of the table
     arguments  problem → the keyword arguments of the rendered module's ``launch()``, in order
     inputs     (problem, seed) → values of the "in" tensors and scalars, float64 torch tensors on the CPU
@@ -215,6 +219,7 @@ class Family:
     refinements  axes tried only on top of a variant that did well → their plain value, the default's: listing what is legal leaves
                them at it, since each would multiply the list
     standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
+    roomiest   the n and m for which `fits` forbids no plain variant that it allows for others; None where there are no such
     """
 
     name: str
@@ -232,6 +237,7 @@ class Family:
     grid_axes: tuple[str, ...] = ()
     later_axes: tuple[str, ...] = ()
     refinements: Mapping[str, Value] = field(default_factory=dict)
+    roomiest: tuple[int, int] | None = (LARGE, LARGE)
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:
         """A problem of this family with every flag checked; a flag left out takes its first value.

@@ -11,7 +11,7 @@ from otgen.errors import OtgenError
 
 PACKAGE = Path(__file__).parent
 
-SHARED = tuple(PACKAGE / name for name in ("blocks.py", "packing.py"))
+SHARED = tuple(PACKAGE / name for name in ("blocks.py", "packing.py", "shares.py"))
 """The modules of Triton functions that rendered kernels share; one may use those before it."""
 
 

@@ -51,6 +51,7 @@ class Tile:
     packed_width  16-bit numbers of a packed point, all that its pairs multiply; 0 where operands are as stored
     by_columns    whether the tile is held columns by rows
     ordered       column sums are written, not added by atomics
+    added         output columns that atomics add up for each column
     """
 
     m: int
@@ -68,6 +69,7 @@ class Tile:
     packed_width: int
     by_columns: bool
     ordered: bool
+    added: int = 0
 
     @classmethod
     def of(cls, problem: Problem, variant: Variant, work: Work) -> Tile:
@@ -88,6 +90,7 @@ class Tile:
             packed_width=sum(depths(problem.d, str(variant["precision"]))) if is_packed(variant) else 0,
             by_columns=is_by_columns(variant),
             ordered=work.ordered,
+            added=work.added,
         )
 
     @property
@@ -117,8 +120,9 @@ class Tile:
         if not self.products:
             return 0.0
         operands = self.n * self.point if self.resident else (self.m + self.n) * self.d * self.products
-        values = 0 if self.shares_values else self.n * self.w
+        values = 0 if self.shares_values else self.n * (self.w - self.added)
         column_sums = self.n * (BYTES["fp32"] if self.ordered else ASSUMED.sector_bytes) if self.both_sums else 0
+        column_sums += self.n * self.added * ASSUMED.sector_bytes
         return float((operands + values) * self.itemsize + 3 * BYTES["fp32"] * self.n + column_sums)
 
     @property

@@ -110,6 +110,7 @@ SWEEPS = (
     "sinkhorn_debiased_step",
     "sinkhorn_symmetric_step",
     "apply_plan",
+    "apply_plan_both",
     "plan_gradient",
     "hvp_matvec",
     "hvp_assemble",
@@ -133,3 +134,17 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for name in SWEEPS:
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return count
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, so that a share nobody wrote spoils its sum."""
+    import torch
+
+    whole = torch.Tensor.new_empty
+
+    def new_empty(self: Any, *args: Any, **options: Any) -> Any:
+        new = whole(self, *args, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

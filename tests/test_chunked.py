@@ -17,6 +17,7 @@ CASES = [
     ("transport", {"output": "vector"}, chunked.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked.apply_matrix),
     ("transport", {"output": "gradient"}, chunked.gradient),
+    ("transport", {"output": "both", "width": 5}, chunked.apply_both),
     ("hvp", {"product": "matvec"}, chunked.matvec),
     ("hvp", {"product": "assembly"}, chunked.assemble),
 ]
@@ -64,6 +65,7 @@ BATCHES = [
     ("transport", {"output": "vector"}, chunked_batch.apply_vector),
     ("transport", {"output": "matrix", "width": 5}, chunked_batch.apply_matrix),
     ("transport", {"output": "gradient"}, chunked_batch.gradient),
+    ("transport", {"output": "both", "width": 5}, chunked_batch.apply_both),
 ]
 
 

@@ -140,6 +140,23 @@ def test_programs_in_groups_compile_for_every_architecture(schedule: str, fusion
     assert {outcome.value[0].grid for outcome in outcomes.values()} == {(64, 4)}
 
 
+@pytest.mark.parametrize("name", ["transport", "hvp"])
+def test_programs_that_share_columns_compile_for_every_architecture(name: str) -> None:
+    """A sweep of parts, and what merges their sums, plain or below a running maximum."""
+    tasks = {}
+    for i, (arch, slug) in enumerate(ARCHITECTURES.items()):
+        for j, problem in enumerate(every(family(name), 4096, 4096, 64)):
+            stabiliser = "shifted" if ("output", "both") in problem.flags else ("running", "shifted")[(i + j) % 2]
+            variant = tuned(problem, "bf16", SPLITS=4, stabiliser=stabiliser, fusion="one_sweep")
+            assert family(name).fits(problem, variant, gpu(slug)) == ""
+            tasks[arch, problem.flag_text] = problem, variant, slug
+    outcomes = compile_all(tasks)
+    assert {key: outcome.message for key, outcome in outcomes.items() if outcome.status != "ok"} == {}
+    for outcome in outcomes.values():
+        sweep, merge = outcome.value[:2]
+        assert sweep.programs == 4 * merge.programs
+
+
 @pytest.mark.parametrize("slug", ["h100", "b200", "rtx5090"])
 def test_tiles_fetched_by_descriptor_are_fetched_by_the_copy_unit(slug: str) -> None:
     """The compiler may take pointers instead; each program has room for one descriptor of stored points, two of packed ones.
@@ -256,7 +273,9 @@ def test_a_size_of_one_compiles(shape: tuple[int, int, int]) -> None:
             for fusion in kind.axes(problem).get("fusion", ("",)):
                 variant = kind.default(problem).with_(stabiliser="shifted", **({"fusion": fusion} if fusion else {}))
                 tasks[problem.flag_text, fusion] = problem, variant, "a100"
-                if fusion in ("half_step", "one_sweep", "three_sweeps"):
+                if not fusion:
+                    tasks[problem.flag_text, "split"] = problem, variant.with_(SPLITS=2), "a100"
+                if "bias" in variant and fusion in ("half_step", "one_sweep", "three_sweeps"):
                     tasks[problem.flag_text, fusion, "mma"] = problem, variant.with_(bias="mma", precision="tf32"), "a100"
     assert {key: o.message for key, o in compile_all(tasks).items() if o.status != "ok"} == {}
 

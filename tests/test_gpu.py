@@ -50,8 +50,8 @@ def variants(problem: Problem) -> Iterator[Variant]:
         if fusion in SWEPT and stabiliser == "running":
             continue
         own = {"fusion": fusion} if fusion else {}
-        if fusion == "one_sweep":
-            own["SPLITS"] = (1, 4)[i % 2]
+        if fusion in ("", "one_sweep"):
+            own["SPLITS"] = (1, 4)[(i + j) % 2]
         yield base.with_(
             precision=mode,
             stabiliser=stabiliser,
@@ -249,6 +249,7 @@ def test_no_operation_waits_for_the_gpu() -> None:
         ops.apply_plan(**plan, values=column, scale=7.2)
         ops.apply_plan(**plan, values=g["y"], scale=7.2)
         ops.plan_gradient(**plan, marginal=g["a"], scale=7.2)
+        ops.apply_plan_both(**plan, values=g["y"], values_t=g["x"], scale=7.2)
 
     everything()
     torch.cuda.set_sync_debug_mode("error")

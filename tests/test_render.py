@@ -56,12 +56,19 @@ CASES = {
     "transport_vector": case("transport", {}, output="vector"),
     "transport_matrix": case("transport", {"BLOCK_W": 32}, output="matrix", width=100),
     "transport_gradient": case("transport", {"BLOCK_W": 64}, output="gradient"),
+    "transport_vector_split": case("transport", {"SPLITS": 4, "stabiliser": "running"}, output="vector"),
+    "transport_matrix_split": case("transport", {"SPLITS": 4, "BLOCK_W": 32}, output="matrix", width=100),
+    "transport_gradient_split_batch": case("transport", {"SPLITS": 4, "BLOCK_W": 64}, output="gradient", batch=64),
+    "transport_both": case("transport", {"fusion": "two_launches", "BLOCK_W": 64}, output="both", width=64),
+    "transport_both_one_sweep": case("transport", {"fusion": "one_sweep", "BLOCK_W": 16, "SPLITS": 4}, output="both", width=3),
     "hvp_matvec": case("hvp", {}, product="matvec"),
+    "hvp_matvec_split": case("hvp", {"SPLITS": 4}, product="matvec"),
     "hvp_assembly": case("hvp", {"BLOCK_W": 64}, product="assembly"),
     "loop_alternating": case("loop", LOOPED | {"PROGRAMS": 64}, schedule="alternating"),
     "loop_symmetric": case("loop", LOOPED | {"bias": "wgmma", "PROGRAMS": 64}, schedule="symmetric"),
     "loop_own": case("loop", LOOPED, schedule="own"),
     "loop_resident": case("loop", LOOPED | {"fusion": "resident", "num_stages": 1}, schedule="symmetric", batch=64),
+    "hvp_assembly_split": case("hvp", {"SPLITS": 4, "BLOCK_W": 64, "stabiliser": "running"}, product="assembly"),
 }
 
 

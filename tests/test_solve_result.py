@@ -140,3 +140,20 @@ def test_interpreted_kernels_solve_the_same_problem(monkeypatch, method):
     assert (result.stop, result.n_iters) == ("tol", expected.n_iters)
     for answer, value in zip(answers, streamed_answers):
         torch.testing.assert_close(answer, value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("options", [{}, {"debias": True}, {"unbalanced": 0.5}], ids=str)
+def test_gradients_in_both_clouds_share_the_sweep_of_their_pair(options, batch, sweeps):
+    x, y, a, b = (tensor if batch is None else torch.stack((tensor, tensor)) for tensor in problem())
+    solve = otgen.solve_sample if batch is None else otgen.solve_sample_batch
+    both = x.clone().requires_grad_(), y.clone().requires_grad_()
+    value = solve(*both, a, b, reg=0.05, tol=1e-8, **options).value.sum()
+    sweeps.clear()
+    found = torch.autograd.grad(value, both)
+    assert sweeps == {"apply_plan_both": 1, **({"plan_gradient": 2} if "debias" in options else {})}
+    for side, leaf in enumerate((x, y)):
+        alone = leaf.clone().requires_grad_()
+        clouds = (alone, y) if side == 0 else (x, alone)
+        (expected,) = torch.autograd.grad(solve(*clouds, a, b, reg=0.05, tol=1e-8, **options).value.sum(), alone)
+        torch.testing.assert_close(found[side], expected, rtol=1e-10, atol=1e-13)

@@ -33,18 +33,6 @@ def swept(problem: Problem, **axes: int | str) -> Variant:
     return KIND.default(problem).with_(**{**tile, "fusion": SWEEPS[str(problem.flag("schedule"))], **axes})
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN, so that a share nobody wrote spoils its sum."""
-    whole = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        new = whole(self, *args, **options)
-        return new.fill_(torch.nan) if new.is_floating_point() else new
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("bias", ["added", "mma"])
 @pytest.mark.parametrize("batch", [1, 3])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from otgen.candidates import by_mode, favourites, legal_variants
 from otgen.families import family, tiles, transport
+from otgen.gpus import gpu
 from otgen.problem import Problem
 from otgen.render import load
-from otgen.verify import call_arguments
+from otgen.verify import call_arguments, failures, verify
 
 KIND = family("transport")
 
@@ -40,6 +42,76 @@ def test_any_width_is_columns_of_vectors(width: int) -> None:
     for k in (0, width - 1):
         column = run(vector, {**given, "values": given["values"][:, k]})
         torch.testing.assert_close(found[:, k], column, rtol=1e-5, atol=1e-7)
+
+
+def both(given: dict[str, torch.Tensor], problem: Problem, **axes: int | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """P·values and Pᵀ·values_t."""
+    call = call_arguments(problem, given, "cpu")
+    load(problem, KIND.default(problem).with_(BLOCK_M=32, BLOCK_N=16, stabiliser="shifted", **axes)).launch(**call)
+    return call["out"].double(), call["out_t"].double()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("axes", [{}, {"fusion": "one_sweep"}, {"fusion": "one_sweep", "SPLITS": 4}], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_both_products_agree_with_float64(axes: dict[str, int | str], batch: int) -> None:
+    """Widths of one block of columns and of more, problems of one block of rows and of several."""
+    for n, m, width in ((1, 37, 1), (37, 1, 3), (70, 45, 20), (33, 257, 5)):
+        problem = KIND.problem(n, m, 3, output="both", width=width, batch=batch)
+        variant = KIND.default(problem).with_(**{"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_W": 16, "stabiliser": "shifted", **axes})
+        assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cpu"))), (problem, variant)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_score_that_overflows_in_one_sweep_spoils_neither_product(splits: int) -> None:
+    """Row 3 overflows 2^S and not P; so do sums of columns that meet it. What a point of no weight has is never looked at."""
+    problem = KIND.problem(70, 130, 2, output="both", width=4)
+    given = transport.inputs(problem, 4)
+    given["a"][3], given["a"][5] = 1e-30, 0.0
+    given["a"] = given["a"].float().double()
+    given["u"][5] += 500.0
+    given["u"][3] += 131.0 - tiles.scores(given)[3, given["b"] > 0].max()
+    expected = transport.reference(problem, given)
+    for found, name in zip(both(given, problem, fusion="one_sweep", SPLITS=splits), ("out", "out_t")):
+        assert found.isfinite().all()
+        assert float((found - expected[name]).abs().max()) < 1e-4 * float(expected[name].abs().max())
+
+
+def test_both_products_share_their_scores() -> None:
+    """In one sweep, half the tiles of two; wide outputs add too much by atomics for that."""
+    narrow, wide = (KIND.problem(16384, 16384, 64, output="both", width=width) for width in (4, 256))
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "precision": "tf32", "stabiliser": "shifted"}
+    one, two = (KIND.default(narrow).with_(**tile, BLOCK_W=16, fusion=fusion) for fusion in ("one_sweep", "two_launches"))
+    tiles_of = [sum(sweep.programs * sweep.tiles for sweep in KIND.work(narrow, variant).launches) for variant in (one, two)]
+    assert tiles_of[1] == 2 * tiles_of[0]
+    assert KIND.fits(narrow, one, gpu("h100")) == ""
+    assert "columns of one application are the rows" in KIND.fits(narrow, two.with_(SPLITS=2), gpu("h100"))
+    assert "common shift" in KIND.fits(narrow, one.with_(stabiliser="running"), gpu("h100"))
+    assert "both outputs need more" in KIND.fits(wide, one.with_(BLOCK_W=256), gpu("h100"))
+
+
+@pytest.mark.parametrize("slug", ["h100", "a100"])
+def test_one_block_of_256_columns_computes_each_score_once(slug: str) -> None:
+    """As many tiles as a vector takes; a block of half of the columns takes twice as many. It fits, in every precision mode."""
+    matrix, vector = KIND.problem(16384, 16384, 64, output="matrix", width=256), KIND.problem(16384, 16384, 64)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 8, "stabiliser": "shifted"}
+    for mode in ("tf32", "tf32x3", "bf16", "bf16x3"):
+        wide, half = (KIND.default(matrix).with_(**tile, precision=mode, BLOCK_W=width) for width in (256, 128))
+        assert KIND.fits(matrix, wide, gpu(slug)) == ""
+        alone = KIND.default(vector).with_(**tile, precision=mode)
+        scores = [
+            sum(sweep.programs * sweep.tiles for sweep in KIND.work(problem, variant).launches)
+            for problem, variant in ((vector, alone), (matrix, wide), (matrix, half))
+        ]
+        assert scores == [scores[0], scores[0], 2 * scores[0]]
+
+
+@pytest.mark.parametrize("slug", ["h100", "a100"])
+def test_a_search_tries_the_widest_block_first(slug: str) -> None:
+    """In every precision mode one of two favourites makes all 256 columns: estimates alone would leave them to luck."""
+    problem = KIND.problem(16384, 16384, 64, output="matrix", width=256)
+    modes = by_mode(legal_variants(problem, gpu(slug)))
+    assert {max(int(v["BLOCK_W"]) for v in favourites(problem, gpu(slug), legal, 2)) for legal in modes.values()} == {256}
 
 
 def test_zero_weights_give_exact_zeros() -> None:

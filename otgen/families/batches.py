@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 PER_PROBLEM = ("scale", "damping", "damping_a", "damping_b", "tol")
 
-PADDING = {"rho": 1.0, "gamma": 1.0, "rho_p": 1.0, "rho_q": 1.0, "out": 0.0}
+PADDING = {"rho": 1.0, "gamma": 1.0, "rho_p": 1.0, "rho_q": 1.0, "out": 0.0, "out_t": 0.0}
 """What a kernel writes for padding, besides potentials, which it copies from the input they are the update of."""
 
-SECOND = ("v_out", "gamma", "q_out", "rho_q")
+SECOND = ("v_out", "gamma", "q_out", "rho_q", "out_t")
 """Outputs that belong to the columns."""
 
 OF_NO_POINT = ("missed",)

@@ -17,15 +17,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import tiles
+from otgen.families import splits, tiles
 from otgen.problem import Argument, Family, Problem, Spec, Value, Variant, Work
 
 if TYPE_CHECKING:
     from otgen.gpus import Gpu
 
 
+def sums(problem: Problem) -> int:
+    """Numbers a launch sums up for each row."""
+    return 1 if problem.flag("product") == "matvec" else problem.d + 1
+
+
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
-    common = tiles.tile_axes(problem)
+    common = {**tiles.tile_axes(problem), **splits.AXIS}
     return common if problem.flag("product") == "matvec" else {**common, "BLOCK_W": tiles.width_axis(problem.d)}
 
 
@@ -34,11 +39,11 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         tiles.TILE_REGISTERS * variant.int("num_warps") * gpu.warp_size
     ):
         return "two score tiles, S and <y, A>, are alive at once"
-    return tiles.tile_misfit(problem, variant, gpu)
+    return splits.misfit(problem, variant, sums(problem)) or tiles.tile_misfit(problem, variant, gpu)
 
 
 def default(problem: Problem) -> Variant:
-    tile = tiles.default_tile(problem)
+    tile = {**tiles.default_tile(problem), "SPLITS": 1}
     if problem.flag("product") == "matvec":
         return Variant(tile)
     return Variant(tile, BLOCK_W=min(32, tiles.power_of_two(problem.d)))
@@ -58,9 +63,11 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 def work(problem: Problem, variant: Variant) -> Work:
     if problem.flag("product") == "matvec":
-        return Work((tiles.sweep(problem.n, problem.m, variant),))
+        return Work(splits.launches(tiles.sweep(problem.n, problem.m, variant), variant, 1))
     sweep = tiles.sweep(problem.n, problem.m, variant, problem.d)
-    return Work((sweep,), products=2, width=variant.int("BLOCK_W"), own_values=tiles.reuses_columns(problem, variant))
+    block = variant.int("BLOCK_W")
+    launches = splits.launches(sweep, variant, block + 1)
+    return Work(launches, products=2, width=block, own_values=tiles.reuses_columns(problem, variant))
 
 
 def inputs(problem: Problem, seed: int) -> dict[str, Any]:
@@ -127,4 +134,7 @@ FAMILY = Family(
     work=work,
     budget=budget,
     standard=standard,
+    grid_axes=("SPLITS",),
+    later_axes=("SPLITS",),
+    roomiest=splits.ROOMIEST,
 )

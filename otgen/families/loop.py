@@ -220,4 +220,5 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("PROGRAMS",),
+    roomiest=None,
 )

@@ -18,6 +18,7 @@ tests/test_implicit.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,7 +58,8 @@ def pullback(solution: Solution, p: Tensor, q: Tensor, *, tol: float | None = No
     tol  relative residual of the system; `otgen.solvers.system.TOLERANCE` when left out
 
     Takes one problem, not a batch, whose potentials are `Solution.f` and `Solution.g`; exact at a solution. K iterations of
-    conjugate gradients cost 2K + 4 sweeps, and K + 2 a measure's transport to itself; points without mass cost a few more.
+    conjugate gradients cost 2K + 3 sweeps, the last of which serves both sides, and K + 2 a measure's transport to itself; points
+    without mass cost a few more.
     """
     clouds, p, q = solution.clouds, p.double(), q.double()
     limits = Limits(TOLERANCE[clouds.x.dtype] if tol is None else tol, max_iter, clouds, 0.0)
@@ -65,7 +67,7 @@ def pullback(solution: Solution, p: Tensor, q: Tensor, *, tol: float | None = No
     if solution.symmetric:
         rows = _Side(plan, p + q)
         s = _own(rows)
-        in_x, in_a = rows.gathered(rows, s, s, 0.0, 0.0)
+        in_x, in_a = rows.gathered(rows, rows.sums(rows, s), s, s, 0.0, 0.0)
         return Pulled(in_x, None, in_a, None), limits
     a, b = clouds.a.double(), clouds.b.double()
     surplus = 0.5 * (p.sum() - q.sum()) if plan.steps.balanced else torch.zeros_like(p[0])
@@ -74,7 +76,9 @@ def pullback(solution: Solution, p: Tensor, q: Tensor, *, tol: float | None = No
         s, t, of_s, of_t = _solved(rows, columns)
     else:
         t, s, of_t, of_s = _solved(columns, rows)
-    (in_x, in_a), (in_y, in_b) = rows.gathered(columns, s, t, of_s, of_t), columns.gathered(rows, t, s, of_t, of_s)
+    of_rows, of_columns = _both_sums(rows, columns, s, t)
+    in_x, in_a = rows.gathered(columns, of_rows, s, t, of_s, of_t)
+    in_y, in_b = columns.gathered(rows, of_columns, t, s, of_t, of_s)
     if plan.steps.balanced:
         in_a = in_a - (surplus / a.sum() * (solution.f - (a * solution.f).sum() / a.sum())).to(in_a.dtype)
         in_b = in_b + (surplus / b.sum() * (solution.g - (b * solution.g).sum() / b.sum())).to(in_b.dtype)
@@ -130,17 +134,26 @@ class _Side:
             return 0.0
         return replace(self.plan, u=self.level).swapped.times(self.alone.to(self.mask.dtype), b=1.0 - self.mask)[0]
 
-    def gathered(self, columns: _Side, s: Tensor, t: Tensor, of_s: float, of_t: float) -> tuple[Tensor, Tensor]:
+    def values(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sums` sums up of these points, (m,), (m, d) and (m, d): t, t∘y, and y where there is mass."""
+        every, y = torch.where(self.counted, t, self.alone.to(self.mask.dtype)), self.plan.points
+        return every, every[:, None] * y, self.mask[:, None] * y
+
+    def sums(self, columns: _Side, t: Tensor) -> list[Tensor]:
+        """Those of the columns' `values` in each row with mass: the mean of t, the moment of t and the centre of y."""
+        lifted = torch.where(columns.counted, columns.plan.clouds.a, 1.0)
+        return replace(self.plan, v=columns.level).times(*columns.values(t), a=self.mask, b=lifted)
+
+    def gathered(
+        self, columns: _Side, sums: Sequence[Tensor], s: Tensor, t: Tensor, of_s: float, of_t: float
+    ) -> tuple[Tensor, Tensor]:
         """The derivatives in x (n, d) and a (n,), the means' left out, from the solution (s + of_s, t + of_t) at points with mass.
 
         of_s, of_t  constants that nearly cancel in s_i + t_j under a large ρ
         """
         plan, a, dtype = self.plan, self.plan.clouds.a, self.mask.dtype
         x, y, constant = plan.points, plan.swapped.points, of_s + of_t
-        lifted = torch.where(columns.counted, columns.plan.clouds.a, 1.0)
-        every = torch.where(columns.counted, t, columns.alone.to(dtype))
-        values = every, every[:, None] * y, columns.mask[:, None] * y
-        mean, moment, centre = replace(plan, v=columns.level).times(*values, a=self.mask, b=lifted)
+        mean, moment, centre = sums
         own = s + constant
         in_x = 2.0 * (x * (own * plan.r + a * mean)[:, None] - a[:, None] * (own[:, None] * centre + moment))
         share = torch.where(self.counted, plan.r / a, 0.0)
@@ -154,6 +167,18 @@ class _Side:
                 (further,) = replace(plan, v=columns.level).times(columns.alone.to(dtype), a=none, b=1.0 - columns.mask)
                 mean = mean + further
         return in_x, -plan.eps * (mean + of_t * share)
+
+
+def _both_sums(rows: _Side, columns: _Side, s: Tensor, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The `sums` of both sides, from one sweep where all points have mass: the exponentials are the same."""
+    if rows.some_alone or columns.some_alone:
+        return rows.sums(columns, t), columns.sums(rows, s)
+    plan, over = rows.plan, columns.plan
+    of_columns, of_rows = (
+        [value * side.plan.clouds.a.reshape(-1, *[1] * (value.ndim - 1)) for value in side.values(w)]
+        for side, w in ((columns, t), (rows, s))
+    )
+    return plan.times_both(of_columns, of_rows, torch.ones_like(plan.u), torch.ones_like(over.u))
 
 
 def _solved(rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, float, float]:

@@ -133,6 +133,13 @@ class Solution:
         whole = ops.plan_gradient(c.x, c.y, found.u, found.v, c.a, c.b, found.r, **self.steps.launch)
         return whole[..., : c.dimension]
 
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(n, d) and (m, d): the derivatives of the dual in x and y, 2(r∘x − P y) and 2(c∘y − Pᵀx), in one launch."""
+        c, found = self.clouds, self.outcome
+        x, y = (points[..., : c.dimension].contiguous() for points in (c.x, c.y))
+        sums, sums_t = ops.apply_plan_both(c.x, c.y, found.u, found.v, c.a, c.b, y, x, **self.steps.launch)
+        return 2.0 * (found.r[..., None] * x - sums), 2.0 * (found.c[..., None] * y - sums_t)
+
     def linear_cost(self) -> Tensor:
         """<P, C>, float64 (…,); one sweep."""
         x, (r, c) = self.clouds.x.double(), (self.outcome.r.double(), self.outcome.c.double())
@@ -243,6 +250,13 @@ class Divergence:
         if own is None:
             return cross
         return cross - averaged(own, own.gradient)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(n, d) and (m, d): `gradient` of both sides, that of the pair in one launch."""
+        of_x, of_y = self.cross.gradients()
+        if self.own_a is not None and self.own_b is not None:
+            of_x, of_y = of_x - averaged(self.own_a, self.own_a.gradient), of_y - averaged(self.own_b, self.own_b.gradient)
+        return of_x, of_y
 
     def weight_gradient(self, *, transposed: bool = False) -> Tensor:
         """(n,), its derivative in a; (m,) in b when transposed."""

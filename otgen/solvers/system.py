@@ -17,6 +17,7 @@ Right hand sides and solutions are (n, k), (m, k): k systems are solved together
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,20 @@ class Plan:
         c, values = self.clouds, torch.cat([column.reshape(len(column), -1) for column in columns], 1)
         weights = c.a if a is None else a, c.b if b is None else b
         product = ops.apply_plan(c.x, c.y, self.u, self.v, *weights, values, **self.steps.launch)
-        parts = torch.split_with_sizes(product, [column[0].numel() for column in columns], 1)
-        return [part.reshape(-1, *column.shape[1:]) for part, column in zip(parts, columns)]
+        return _parts(product, columns)
+
+    def times_both(
+        self, columns: Sequence[Tensor], columns_t: Sequence[Tensor], a: Tensor, b: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """diag(a) 2^S diag(b) times each of `columns`, (m,) or (m, …), and its transpose times `columns_t`: both in one launch.
+
+        The two must be equally wide.
+        """
+        self.limits.passes += 1
+        c, values = self.clouds, [torch.cat([one.reshape(len(one), -1) for one in side], 1) for side in (columns, columns_t)]
+        products = ops.apply_plan_both(c.x, c.y, self.u, self.v, a, b, *values, **self.steps.launch)
+        rows, rows_t = (_parts(product, side) for product, side in zip(products, (columns, columns_t)))
+        return rows, rows_t
 
     def matvec(self, left: Tensor, right: Tensor, w: Tensor, z: Tensor, alpha: float, beta: float) -> Tensor:
         """beta·z + alpha·left∘(2^S (right∘w)), where P = diag(a) 2^S diag(b)."""
@@ -124,6 +137,12 @@ class Plan:
         options: dict[str, Any] = {"scale": float(scale(self.steps.eps)), "cost": 1.0, "inverse_eps": inverse_eps}
         plan = x, y, self.u, self.v, *((c.a, c.b) if weights is None else weights), self.r if marginal is None else marginal
         return ops.hvp_assemble(*plan, way.contiguous(), w_f, w_g, **options, modes=self.steps.modes)[:, : c.dimension]
+
+
+def _parts(product: Tensor, columns: Sequence[Tensor]) -> list[Tensor]:
+    """What a product holds of each of the tensors whose columns it was taken of."""
+    parts = torch.split_with_sizes(product, [column[0].numel() for column in columns], 1)
+    return [part.reshape(-1, *column.shape[1:]) for part, column in zip(parts, columns)]
 
 
 def joint(plan: Plan, right: Tensor, share: Tensor, constant: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,20 +34,24 @@ class DualValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         solution, inputs = ctx.solution, ctx.saved_tensors
-        sides = [side if needed else None for side, needed in enumerate(ctx.needs_input_grad[1:])]
+        wanted = ctx.needs_input_grad[1:]
         if isinstance(solution, Divergence) and torch.is_grad_enabled():
+            sides = [side if needed else None for side, needed in enumerate(wanted)]
             return None, *(None if side is None else second.gradient(solution, side, grad, inputs) for side in sides)
-        return None, *(None if side is None else _gradient(solution, side, grad, inputs) for side in sides)
+        with torch.no_grad():
+            pairs = zip(derivatives(solution, wanted), inputs)
+            found = [None if slope is None else _scaled(grad, slope).to(tensor.dtype) for slope, tensor in pairs]
+        return None, *(None if gradient is None else once(TWICE, gradient, grad, *inputs) for gradient in found)
 
 
-def _gradient(solution: Any, side: int, grad: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor | None:
-    """grad times the derivative in x, y, a or b, which may not be differentiated."""
-    derivative = (solution.gradient, solution.weight_gradient)[side // 2]
-    tensor = inputs[side]
-    assert tensor is not None
-    with torch.no_grad():
-        gradient = _scaled(grad, derivative(transposed=side % 2 == 1)).to(tensor.dtype)
-    return once(TWICE, gradient, grad, *inputs)
+def derivatives(solution: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Those of a value in x, y, a and b, where wanted, without a graph; in x and y from one launch where one plan gives both."""
+    points, weights = wanted[:2], wanted[2:]
+    if all(points) and isinstance(solution, Divergence):
+        slopes: list[Tensor | None] = [*solution.gradients()]
+    else:
+        slopes = [solution.gradient(transposed=bool(side)) if needed else None for side, needed in enumerate(points)]
+    return slopes + [solution.weight_gradient(transposed=bool(side)) if needed else None for side, needed in enumerate(weights)]
 
 
 class Potentials(torch.autograd.Function):
