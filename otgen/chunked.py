@@ -47,7 +47,7 @@ def half_step(
     rho.zero_()
     for rows, columns, tile in score_tiles(left, right):
         rho[rows].addmv_(tile.exp2_(), b[columns])
-    log_rho = _log_sums(rho, left, right, b)
+    log_rho = log_sums(rho, left, right, b)
     update(u, log_rho, x_sq, scale, damping, step, u_out)
 
 
@@ -77,8 +77,8 @@ def symmetric_step(
     for rows, columns, tile in score_tiles(left, right):
         rho[rows].addmv_(tile.exp2_(), b[columns])
         gamma[columns].addmv_(tile.T, a[rows])
-    log_rho = _log_sums(rho, left, right_factor(y, masked(v, b)), b)
-    log_gamma = _log_sums(gamma, right, left_factor(x, masked(u, a), scale), a)
+    log_rho = log_sums(rho, left, right_factor(y, masked(v, b)), b)
+    log_gamma = log_sums(gamma, right, left_factor(x, masked(u, a), scale), a)
     update(u, log_rho, x_sq, scale, damping_a, step, u_out)
     update(v, log_gamma, y_sq, scale, damping_b, step, v_out)
 
@@ -107,7 +107,7 @@ def own_step(
         after = max(rows.stop - columns.start, 0)
         if after < tile.shape[1]:
             rho[columns][after:].addmv_(tile[:, after:].T, a[rows])
-    log_rho = _log_sums(rho, left, right_factor(y, masked(u, a)), a)
+    log_rho = log_sums(rho, left, right_factor(y, masked(u, a)), a)
     update(u, log_rho, x_sq, scale, damping, step, u_out)
 
 
@@ -283,7 +283,7 @@ def _even(total: int, limit: int) -> int:
     return -(-total // -(-total // limit))
 
 
-def _log_sums(sums: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+def log_sums(sums: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
     """log2 of `sums` = 2^(left·rightᵀ)·weights, after those out of range were redone, in place, with the running maximum.
 
     right  carries NEVER where `weights` are zero

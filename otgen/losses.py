@@ -19,6 +19,7 @@ from otgen.solvers.batch_inputs import GivenBatch, centre_batch
 from otgen.solvers.engine import METHODS
 from otgen.solvers.inputs import centre
 from otgen.solvers.labels import labelled
+from otgen.solvers.listed import listed
 from otgen.solvers.options import count_of, positive, precision_modes, tolerance
 from otgen.solvers.problems import Problem, Solved, count, problem_of, renamed
 from otgen.solvers.result import OTResult
@@ -179,7 +180,7 @@ class SamplesLoss(Options):
         plan = self._schedule(problem)
         admissible, eps = batch_modes if batched else precision_modes, plan.eps[-1]
         modes = admissible(self._precision(problem), clouds, eps, SCHEDULE_TOL)
-        found = schedule.solve(Steps(clouds, eps, modes, *self._rho), plan, debias=self.debias)
+        found = schedule.solve(listed(Steps(clouds, eps, modes, *self._rho), 0.0), plan, debias=self.debias)
         if any(end.met is False for end in found.ends):
             _warn(
                 f"potentials still changed by threshold={self.threshold:g} or more, or were not compared; repeat the last eps in "

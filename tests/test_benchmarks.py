@@ -28,7 +28,7 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-contenders, gpu, peers, prediction = (script(name) for name in ("contenders", "gpu", "peers", "prediction"))
+contenders, gpu, peers, prediction, skipping = (script(name) for name in ("contenders", "gpu", "peers", "prediction", "skipping"))
 
 
 # --- peers
@@ -291,3 +291,17 @@ def test_the_set_that_is_tuned_is_understood_by_the_command_line(tmp_path: Path,
     command = gpu.tune(tmp_path, 100.0)
     result = CliRunner().invoke(otgen, command[command.index("otgen") + 1 :])
     assert isinstance(result.exception, LookupError), result.output
+
+
+# --- skipping
+
+
+@pytest.mark.parametrize("pair", skipping.PAIRS)
+def test_what_is_skipped_is_counted(pair: str, streamed: None) -> None:
+    """The error of a sample of rows is about the error reported, and smaller blocks let fewer pairs through."""
+    result, row = skipping.solved(pair, 2000, 0.05, 1e-3, "listed")
+    assert row["stop"] == "tol"
+    assert 0.2 * row["marginal_error"] < row["wrong"] < 5 * row["marginal_error"]
+    shares = [row["visited"] for row in skipping.by_width(result, pair, 2000)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.8

@@ -91,7 +91,7 @@ def solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, course
     outcome, running = None, np.ones(len(done), dtype=bool)
     while True:
         choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.y, flags_of(method), steps.modes).choice
-        watch = course.watch(steps, precision_of(choice), done, running)
+        watch, sweeps = course.watch(steps, precision_of(choice), done, running), steps
         if method == "symmetric":
             found = sinkhorn.symmetric(steps, u, v, watch)
         elif method == "newton":
@@ -99,6 +99,7 @@ def solved(method: str, steps: Steps, pair: tuple[Tensor, Tensor] | None, course
         else:
             sweeps = KeptSteps.of(steps) if keepable(steps) else steps
             found = sinkhorn.alternating(sweeps, u, v, watch, accelerated=method == "anderson")
+        found = replace(found, **sweeps.skipped)
         done, passes = done + running * found.n_iters, passes + running * found.passes
         outcome = found if outcome is None else _merged(outcome, found, running)
         modes = _finer(steps.modes, choice.precision) if finer and choice is not None else ()
@@ -135,8 +136,8 @@ def divergence(
 ) -> Divergence:
     """`solved` and, when debiased, each side's transport to itself."""
     with override(course.kernels.named):
-        sides = (steps.clouds, steps.clouds.swapped) if debias else ()
-        alone = [replace(steps, clouds=clouds.own) for clouds in sides]
+        sides = (steps, steps.swapped) if debias else ()
+        alone = [replace(side.alone, rho_a=steps.rho_a, rho_b=steps.rho_b) for side in sides]
         for problem in alone:
             course.kernels.ready(own_method(problem), problem)
         return Divergence(solved(method, steps, pair, course, finer=finer), *(own(problem, course) for problem in alone))
@@ -155,7 +156,8 @@ def own(steps: Steps, course: Course) -> Solution:
     choice = ops.kernel("sinkhorn", steps.clouds.x, steps.clouds.x, ops.OWN, steps.modes).choice
     u, _ = steps.scaled(torch.zeros_like(steps.clouds.a), torch.zeros_like(steps.clouds.a))
     watch = course.watch(steps, precision_of(choice), np.zeros(steps.clouds.a[..., 0].numel(), dtype=int))
-    return Solution(steps, sinkhorn.self_problem(steps, u, watch), choice)
+    found = sinkhorn.self_problem(steps, u, watch)
+    return Solution(steps, replace(found, **steps.skipped), choice)
 
 
 def precision_of(choice: Choice | None) -> str:

@@ -21,6 +21,9 @@ from otgen.solvers.solution import Divergence, Solution
 LOGGED = ("errors", "n_iters", "passes", "stop", "seconds", "precision", "variant", "cache")
 """What a result's `log` has."""
 
+SKIPPED = ("visited", "omitted_mass")
+"""What the `log` of a single problem has too."""
+
 
 class OTResult:
     """A solved entropic transport problem between X_a (n, d) and X_b (m, d), with C = |x − y|².
@@ -48,6 +51,8 @@ class OTResult:
     precision       how coordinates were multiplied: "fp64", "fp32", or a tensor-core mode of `otgen.precision`
     variant, cache  the kernel's variant and where dispatch had it from (`otgen.dispatch`); None in streamed PyTorch
     seconds         wall time of the solve
+    visited         share of the pairs that its last sweep visited;  omitted_mass  at most the mass of the plan that it left out:
+                    1 and 0 where no tiles are skipped (`otgen.listed`)
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class OTResult:
         self.passes: int = sum(outcome.passes for outcome in outcomes)
         self.stop: Stop = worst.stop
         self.seconds = seconds
+        self.visited: float = solution.outcome.visited
+        self.omitted_mass: float = max(outcome.omitted for outcome in outcomes)
         self.precision, self.variant, self.cache = how(solution)
 
     @property
@@ -89,9 +96,9 @@ class OTResult:
 
     @property
     def log(self) -> dict[str, Any]:
-        """POT's name for how it went: `errors` and the attributes "n_iters", "passes", "stop", "seconds", "precision", "variant"
-        and "cache", by name."""
-        return {name: getattr(self, name) for name in LOGGED}
+        """POT's name for how it went: the attributes `errors`, `n_iters`, `passes`, `stop`, `seconds`, `precision`, `variant`,
+        `cache`, `visited` and `omitted_mass`, by name."""
+        return {name: getattr(self, name) for name in LOGGED + SKIPPED}
 
     @kept
     def value_linear(self) -> Any:

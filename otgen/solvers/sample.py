@@ -17,6 +17,7 @@ from otgen.solvers.engine import METHODS, Callback, Course, divergence, precisio
 from otgen.solvers.inputs import Given, centre, read
 from otgen.solvers.kernels import kernels_of
 from otgen.solvers.labels import labelled, read_labels
+from otgen.solvers.listed import listed
 from otgen.solvers.result import OTResult
 from otgen.solvers.steps import Steps
 from otgen.solvers.value import value
@@ -50,6 +51,7 @@ def solve_sample(
     precision: str = "auto",
     variant: Mapping[str, Value] | str = "auto",
     tune: str = "cache",
+    tiles: str = "auto",
     callback: Callback | None = None,
     verbose: bool = False,
 ) -> OTResult:
@@ -94,6 +96,10 @@ def solve_sample(
                      tuned on this GPU, unless it was before: minutes each, kept in the user's database (`otgen.store`), and in a
                      script only below ``if __name__ == "__main__":``, since compilers are other processes;  "off": a kernel that
                      would take the default variant is refused. No effect where PyTorch computes: on a CPU, or in float64
+    tiles            "auto": sweeps over many points in at most 8 dimensions, on a CPU, leave out tiles of pairs that together hold
+                     no more than tol/100 of any row, nor than 1e-7 (`otgen.listed`); `visited` and `omitted_mass` of the result
+                     say how many, and how much;  "all": none are left out;  "listed": lists are tried however few the points,
+                     and refused where they cannot be had
     callback         called with the updates done and the marginal error, whenever the error is looked at
     verbose          print a line then, and the result at the end
 
@@ -118,7 +124,7 @@ def solve_sample(
         return options.precision_modes(name, clouds, eps, limits[0])
 
     kernels, admissible = kernels_of(variant, tune, method, clouds, precision, modes)
-    steps = Steps(clouds, eps, admissible, rho_a, rho_b)
+    steps = listed(Steps(clouds, eps, admissible, rho_a, rho_b), limits[0], tiles)
     course = Course(*limits, options.told(callback, verbose, started), ratio, kernels)
     pair, finer = _pair(given, steps, potentials_init), precision == "auto"
     found = divergence(method, steps, pair, course, debias=debias, finer=finer)

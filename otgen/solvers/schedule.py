@@ -117,10 +117,10 @@ class End:
         T(x) are the means of y under the rows that v_old gives, and r is a, or a·exp(−f/ρ) when relaxed. The plan of the potential
         f + (eps/ρ)·(f_full − f) and of g_old has just these rows.
         """
-        steps, c = self.steps, self.steps.clouds
+        steps = self.steps
         lead = self.u_full + (steps.eps / steps.rho_a) * (self.u_full - self.u)
-        whole = ops.plan_gradient(c.x, c.y, lead, self.v_old, c.a, c.b, steps.row_target(self.u), **steps.launch)
-        return whole[..., : c.dimension]
+        whole = steps.gradient(lead, self.v_old, steps.row_target(self.u))
+        return whole[..., : steps.clouds.dimension]
 
     def potential_gradient(self) -> Tensor:
         """(n, d): the derivative of each f_i in x_i with all else held (`otgen.solvers.solution.potential_gradient`).
@@ -147,7 +147,8 @@ class End:
         stop = np.where(np.isnan(error), "nan", "tol" if self.met else "max_iter")
         passes = self.passes + (1 if self.own else self.steps.sweeps)
         numbers = error, np.full_like(error, self.n_iters, dtype=int), np.full_like(error, passes, dtype=int), stop
-        return Outcome(self.u, self.v, r, c, *((array.item() for array in numbers) if self.u.ndim == 1 else numbers))
+        found = Outcome(self.u, self.v, r, c, *((array.item() for array in numbers) if self.u.ndim == 1 else numbers))
+        return replace(found, **self.steps.skipped)
 
 
 def run(steps: Steps, schedule: Schedule, *, own: bool = False) -> End:

@@ -46,6 +46,7 @@ class Outcome:
               (`Steps.row_target`) instead of a or b
     n_iters   updates of the pair;  passes  sweeps over the n × m pairs (rows redone with the running maximum are not counted)
     errors    (looks,) array of the errors met on the way, the last one `error`; None: it was looked at once, at the end
+    visited   share of the pairs that the last sweep visited;  omitted  at most the mass of the plan that it left out
 
     Of a batch the tensors are (batch, n), (batch, m), and the others arrays (batch,); `errors` is (looks, batch), with NaN wherever
     a problem was not looked at.
@@ -60,6 +61,8 @@ class Outcome:
     passes: Any
     stop: Any
     errors: np.ndarray | None = None
+    visited: Any = 1.0
+    omitted: Any = 0.0
 
     @property
     def looks(self) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from otgen import ops
 from otgen.chunked import exponentials
 from otgen.solvers.inputs import Clouds
 from otgen.solvers.sinkhorn import Outcome
@@ -112,8 +111,7 @@ class Solution:
         """P·values, or Pᵀ·values."""
         if transposed:
             return self.swapped.apply(values)
-        c, found = self.clouds, self.outcome
-        return ops.apply_plan(c.x, c.y, found.u, found.v, c.a, c.b, values, **self.steps.launch)
+        return self.steps.times(self.outcome.u, self.outcome.v, self.a, values)
 
     def barycentres(self, *, transposed: bool = False) -> Tensor:
         """(n, d): the mean of y under each row of the plan, or (m, d), that of x under each column, in the caller's frame."""
@@ -129,15 +127,14 @@ class Solution:
         """(n, d): 2(r∘x − P y), the derivative of the dual in x; (m, d) in y when transposed."""
         if transposed:
             return self.swapped.gradient()
-        c, found = self.clouds, self.outcome
-        whole = ops.plan_gradient(c.x, c.y, found.u, found.v, c.a, c.b, found.r, **self.steps.launch)
-        return whole[..., : c.dimension]
+        whole = self.steps.gradient(self.outcome.u, self.outcome.v, self.r)
+        return whole[..., : self.clouds.dimension]
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(n, d) and (m, d): the derivatives of the dual in x and y, 2(r∘x − P y) and 2(c∘y − Pᵀx), in one launch."""
         c, found = self.clouds, self.outcome
         x, y = (points[..., : c.dimension].contiguous() for points in (c.x, c.y))
-        sums, sums_t = ops.apply_plan_both(c.x, c.y, found.u, found.v, c.a, c.b, y, x, **self.steps.launch)
+        sums, sums_t = self.steps.times_both(found.u, found.v, y, x)
         return 2.0 * (found.r[..., None] * x - sums), 2.0 * (found.c[..., None] * y - sums_t)
 
     def linear_cost(self) -> Tensor:
@@ -186,9 +183,9 @@ def barycentres(steps: Steps, u: Tensor, v: Tensor) -> Tensor:
     weight too.
     """
     c = steps.clouds
-    u, _ = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, **steps.launch)
+    u, _ = steps.half(u, v)
     values = torch.cat((c.y[..., : c.dimension], torch.ones_like(c.y[..., :1])), -1)
-    sums = ops.apply_plan(c.x, c.y, u, v, torch.ones_like(c.a), c.b, values, **steps.launch)
+    sums = steps.times(u, v, torch.ones_like(c.a), values)
     return sums[..., :-1] / sums[..., -1:] + c.shift
 
 

@@ -117,11 +117,35 @@ class Steps:
         choice = ops.kernel("sinkhorn", self.clouds.x, self.clouds.y, ops.SYMMETRIC, self.modes).choice
         return 1 if choice is None or choice.variant["fusion"] == "one_sweep" else 2
 
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """What the last sweep left out, as `otgen.solvers.sinkhorn.Outcome` has it: nothing."""
+        return {"visited": 1.0, "omitted": 0.0}
+
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of u from v, and the row sums of the pair that came in."""
-        c = self.clouds
-        out, rho = ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, step=step, **self.launch)
+        out, rho = self.half(u, v, step)
         return self.relaxed(out, u, step), rho
+
+    def half(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`rows`, as if the marginal had to fit."""
+        c = self.clouds
+        return ops.sinkhorn_half_step(c.x, c.y, u, v, c.b, c.x_sq, step=step, **self.launch)
+
+    def times(self, u: Tensor, v: Tensor, a: Tensor, values: Tensor) -> Tensor:
+        """P·values (n,) or (n, k) for the plan of (u, v), with `a` (n,) for weights of its rows."""
+        c = self.clouds
+        return ops.apply_plan(c.x, c.y, u, v, a, c.b, values, **self.launch)
+
+    def times_both(self, u: Tensor, v: Tensor, values: Tensor, values_t: Tensor) -> tuple[Tensor, Tensor]:
+        """P·values (n, k) and Pᵀ·values_t (m, k) for the plan of (u, v)."""
+        c = self.clouds
+        return ops.apply_plan_both(c.x, c.y, u, v, c.a, c.b, values, values_t, **self.launch)
+
+    def gradient(self, u: Tensor, v: Tensor, marginal: Tensor) -> Tensor:
+        """(n, d): 2(marginal∘x − P y) for the plan of (u, v)."""
+        c = self.clouds
+        return ops.plan_gradient(c.x, c.y, u, v, c.a, c.b, marginal, **self.launch)
 
     def relaxed(self, out: Tensor, u: Tensor, step: float) -> Tensor:
         """The update of u, of which `out` is what it would be if the marginal had to fit: a share ρ/(ρ + eps) of the new f.
