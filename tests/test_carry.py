@@ -292,6 +292,7 @@ def test_a_search_goes_on_across_an_edit(tmp_path: Path, edit: Callable[[str], N
 def test_shipped_files_are_carried_over_without_a_working_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make carried` on a fresh clone: the shipped files hold the facts that they are decided by."""
     ship = Path(__file__).parents[1] / "benchmarks" / "ship.py"
+    monkeypatch.syspath_prepend(str(ship.parent))
     spec = importlib.util.spec_from_file_location("ship", ship)
     assert spec is not None
     assert spec.loader is not None

@@ -70,6 +70,19 @@ def test_an_exact_hit_is_silent_remembered_and_shared_by_its_bucket(path: Path) 
     assert ask(dispatcher, 5000, 3000, 64) is choice
 
 
+def test_whether_more_than_the_default_is_known_is_asked_in_silence(path: Path) -> None:
+    tuned(path, 4096, 4096, 64, measured=5.0)
+    dispatcher = Dispatcher([path])
+    flags = TOY.problem(1, 1, 1, width=1).flags
+    assert dispatcher.is_tuned("toy", "a100", 1024, 2048, 64, "fp32", flags, MODES)
+    assert not dispatcher.is_tuned("toy", "h100", 1024, 2048, 64, "fp32", flags, MODES)
+    path.unlink()
+    assert dispatcher.is_tuned("toy", "a100", 1000, 2000, 64, "fp32", flags, MODES)
+    dispatcher.forget()
+    path.touch()
+    assert not dispatcher.is_tuned("toy", "a100", 1024, 2048, 64, "fp32", flags, MODES)
+
+
 def test_forget_reads_the_databases_again(path: Path) -> None:
     tuned(path, 64, 64, 64, measured=5.0)
     dispatcher = Dispatcher([path])

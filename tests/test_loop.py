@@ -11,10 +11,12 @@ import torch
 from triton.runtime import interpreter
 
 from otgen import iterations, ops, solve_sample, solve_sample_batch
+from otgen.candidates import legal_variants
 from otgen.families import family, loop, tiles
 from otgen.gpus import GPUS
 from otgen.iterations import sinkhorn_iterations
 from otgen.losses import SamplesLoss
+from otgen.override import override
 from otgen.problem import Problem, Variant
 from otgen.render import load, source
 from otgen.solvers import annealing, sinkhorn
@@ -171,6 +173,43 @@ def test_a_grid_that_cannot_be_on_the_gpu_at_once_is_refused() -> None:
     batch = problem_of(4096, 4096, 64, schedule="symmetric", batch=64)
     assert "multiprocessors" in LOOP.fits(batch, variant.with_(PROGRAMS=4), GPUS["h100"])
     assert not LOOP.fits(batch, variant.with_(PROGRAMS=2), GPUS["h100"])
+
+
+def test_a_resident_tile_is_listed_where_it_holds_the_problem() -> None:
+    """No size is the roomiest: many programs want many points, a tile that is the whole problem few."""
+    for n, fusions in ((60, {"streamed", "resident"}), (1024, {"streamed"})):
+        variants = legal_variants(problem_of(n, n, 64, schedule="symmetric", batch=64), GPUS["h100"])
+        assert {variant["fusion"] for variant in variants} == fusions
+        assert all(variant["PROGRAMS"] <= GPUS["h100"].sms // 64 for variant in variants)
+
+
+def test_the_model_counts_the_tiles_of_every_iteration_and_its_waits() -> None:
+    problem = problem_of(1000, 700, 64, schedule="symmetric")
+    alone, together = (LOOP.work(problem, variant_of(problem, PROGRAMS=number)).launches[0] for number in (1, 8))
+    assert alone.tiles == loop.ITERATIONS * (32 * 22 + 22 * 32)
+    assert (together.programs, together.barriers, alone.barriers) == (8, loop.ITERATIONS, 0)
+    assert together.tiles == loop.ITERATIONS * 7 * (32 * 22 + 22 * 32) / 54
+    resident = LOOP.work(problem_of(30, 20, schedule="alternating", batch=4), variant_of(problem, fusion="resident"))
+    assert (resident.launches[0].tiles, resident.products) == (2 * loop.ITERATIONS, 0)
+
+
+def test_loops_are_for_small_clouds_for_which_one_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def is_tuned(family: str, x: torch.Tensor, y: torch.Tensor, flags: ops.Flags, modes: tuple[str, ...]) -> bool:
+        asked.append((family, len(x)))
+        return x.shape[1] == 3
+
+    monkeypatch.setattr(ops, "is_tuned", is_tuned)
+    small, flat, large = torch.rand(4096, 3), torch.rand(4096, 2), torch.rand(4097, 3)
+    assert iterations.pays(small, small, "own", ("ieee",))
+    assert not iterations.pays(flat, flat, "own", ("ieee",))
+    assert asked == [("loop", 4096)] * 2
+    assert not iterations.pays(small, large, "own", ("ieee",))
+    assert not iterations.pays(small.double(), small.double(), "own", ("ieee",))
+    with override(("sinkhorn", ops.OWN, Variant())):
+        assert not iterations.pays(small, small, "own", ("ieee",))
+    assert len(asked) == 2
 
 
 def test_a_resident_tile_refuses_more_points_than_it_has() -> None:

@@ -179,11 +179,20 @@ def test_a_cloud_larger_than_l2_comes_from_dram_once_per_wave() -> None:
     assert float(spilled["dram"]) > 3.9 * float(held["dram"])
 
 
+def test_programs_that_wait_for_each_other_pay_for_each_time() -> None:
+    waiting, free = predict(A100, [replace(SMALL, barriers=10)]), predict(A100, [SMALL])
+    assert waiting.microseconds - free.microseconds == pytest.approx(10 * ASSUMED.barrier_us)
+    assert waiting.terms["barriers"] == pytest.approx(10 * ASSUMED.barrier_us)
+
+
 def test_terms_are_json_and_name_the_bound() -> None:
     terms = json.loads(json.dumps(predict(A100, [replace(SMALL, mix=replace(SMALL.mix, mufu=6400.0))]).terms))
     assert terms["bound"] == "mufu"
     assert terms["assumptions"] == "assumed"
-    assert set(terms) == {*UNITS, "launch", "prologue", "tail", "waves", "occupancy", "limit", "overlap", "bound", "assumptions"}
+    assert set(terms) == {*UNITS, "launch", "barriers", "prologue", "tail", "waves", "occupancy", "limit", "overlap"} | {
+        "bound",
+        "assumptions",
+    }
 
 
 SINKHORN, TRANSPORT = family("sinkhorn"), family("transport")

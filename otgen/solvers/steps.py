@@ -210,14 +210,15 @@ class Steps:
     def course(self, eps: Sequence[Scalar]) -> Tensor:
         """(…, k, 5): what each of k iterations goes by (`otgen.families.loop`)."""
         a = self.clouds.a
-        rows = [
-            (scale(now), now / (now + self.rho_a), now / (now + self.rho_b), kappa(now) * self.lift, now / following)
-            for now, following in zip(eps, (*eps[1:], eps[-1]))
-        ]
-        if a.ndim == 1:
-            return torch.tensor(rows, dtype=a.dtype, device=a.device)
-        every = [torch.as_tensor(number, dtype=a.dtype, device=a.device).expand(len(a), 1) for row in rows for number in row]
-        return torch.cat(every, 1).reshape(len(a), len(rows), -1)
+        if isinstance(eps[0], Tensor):
+            now = torch.cat([one.double() for one in eps], 1)  # type: ignore[union-attr]
+        else:
+            now = torch.tensor([eps], dtype=torch.float64).to(a.device)
+        following = torch.cat((now[:, 1:], now[:, -1:]), 1)
+        shares, lift = (now / (now + rho) for rho in (self.rho_a, self.rho_b)), kappa(now) * self.lift
+        numbers = torch.broadcast_tensors(scale(now), *shares, lift, now / following)  # type: ignore[no-untyped-call]
+        rows = torch.stack(numbers, -1).to(a.dtype)
+        return rows[0] if a.ndim == 1 else rows.expand(len(a), -1, -1).contiguous()
 
     @property
     def launch(self) -> dict[str, Any]:
