@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import family
+from otgen.families import batches, family
 from otgen.problem import Problem, Spec, Variant
 from otgen.render import load
 from otgen.verify import Accuracy, call_arguments, small, verify
@@ -87,7 +87,8 @@ class Points:
     """Input of any size at the price of a small one: index vectors (n,), (m,) into the points of a ROWS × COLUMNS test input.
 
     The first row is left out: where a family's test input makes a shifted sweep redo a block, it does so there. In a measure's
-    transport to itself the columns, those of the tensors in SECOND, are its rows.
+    transport to itself the columns, those of the tensors in SECOND, are its rows. The problems of a batch are all the same; its
+    first and its last are compared.
     """
 
     problem: Problem
@@ -98,7 +99,7 @@ class Points:
     @classmethod
     def of(cls, problem: Problem, seed: int = 0) -> Points:
         own = problem.own
-        base = family(problem.family).inputs(replace(problem, n=ROWS, m=ROWS if own else COLUMNS), seed)
+        base = family(problem.family).inputs(replace(batches.one_of(problem), n=ROWS, m=ROWS if own else COLUMNS), seed)
         rows, columns = _points(problem)
         return cls(problem, base, rows, rows if own else columns)
 
@@ -108,21 +109,30 @@ class Points:
         rows, columns = _points(self.problem)
 
         def picked(name: str, value: Any) -> Any:
+            if len(value) not in (ROWS, COLUMNS):
+                return value
             if name.endswith(AGAIN):
                 return value[columns if len(value) == COLUMNS else rows]
             return value[self.columns if len(value) == COLUMNS or (own and name in SECOND) else self.rows]
 
-        return {name: picked(name, value) if hasattr(value, "shape") else value for name, value in self.base.items()}
+        given = {name: picked(name, value) if hasattr(value, "shape") else value for name, value in self.base.items()}
+        return given if self.problem.batch == 1 else batches.repeated(self.problem, given)
 
     def compare(self, variant: Variant, call: Mapping[str, Any]) -> list[Accuracy]:
         """The outputs in `call` of a launch on `given()` against float64, at evenly spread points of the side they belong to.
 
-        A row's output depends on no other row, and a column's on no other column. An element that is not finite, be it in the
-        sample or not, is an infinite error: outputs are NaN before the launch.
+        A row's output depends on no other row, and a column's on no other column, unless the family says so (`coupled`). An element
+        that is not finite, be it in the sample or not, is an infinite error: outputs are NaN before the launch.
         """
         import torch
 
         kind = family(self.problem.family)
+        if self.problem.batch > 1:
+            one = replace(self, problem=batches.one_of(self.problem))
+            ends = ({name: value[i] if hasattr(value, "shape") else value for name, value in call.items()} for i in (0, -1))
+            return [check for end in ends for check in one.compare(variant, end)]
+        if kind.coupled:
+            return self._compare_all(variant, call)
         probe = kind.arguments(replace(self.problem, n=ROWS, m=ROWS if self.problem.own else COLUMNS)).items()
         sides = {name: spec.shape[0] for name, spec in probe if isinstance(spec, Spec) and spec.role == "out"}
         results = []
@@ -136,6 +146,26 @@ class Points:
             for name, value in expected.items():
                 error = float((call[name][chosen.to(call[name].device)].cpu().double() - value).abs().max())
                 results.append(Accuracy(name, error if bool(call[name].isfinite().all()) else torch.inf, allowed[name]))
+        return results
+
+    def _compare_all(self, variant: Variant, call: Mapping[str, Any]) -> list[Accuracy]:
+        """`compare` at every point, where all depend on all: copies of a point are one of as many times its weight."""
+        import torch
+
+        kind = family(self.problem.family)
+        rows, of_rows, row_copies = torch.unique(self.rows, return_inverse=True, return_counts=True)
+        columns, of_columns, column_copies = torch.unique(self.columns, return_inverse=True, return_counts=True)
+        part = replace(self, rows=rows, columns=columns)
+        given = part.given()
+        given |= {"a": given["a"] * row_copies, "b": given["b"] * column_copies}
+        problem = replace(self.problem, n=len(rows), m=len(columns))
+        expected = kind.reference(problem, given)
+        allowed = kind.budget(problem, variant, given, expected)
+        results = []
+        for name, value in expected.items():
+            copied = value[of_columns] if name in batches.SECOND else value if name in batches.OF_NO_POINT else value[of_rows]
+            error = float((call[name].cpu().double() - copied).abs().max())
+            results.append(Accuracy(name, error if bool(call[name].isfinite().all()) else torch.inf, allowed[name]))
         return results
 
 

@@ -219,6 +219,7 @@ class Family:
     refinements  axes tried only on top of a variant that did well → their plain value, the default's: listing what is legal leaves
                them at it, since each would multiply the list
     standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
+    coupled    whether an output depends on other points of its own side, as after several iterations
     roomiest   the n and m for which `fits` forbids no plain variant that it allows for others; None where there are no such
     """
 
@@ -237,6 +238,7 @@ class Family:
     grid_axes: tuple[str, ...] = ()
     later_axes: tuple[str, ...] = ()
     refinements: Mapping[str, Value] = field(default_factory=dict)
+    coupled: bool = False
     roomiest: tuple[int, int] | None = (LARGE, LARGE)
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:

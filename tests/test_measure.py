@@ -13,7 +13,7 @@ from kinds import standard
 
 from otgen import measure, run, tuner
 from otgen.compile import Inspection
-from otgen.families import FAMILIES, family
+from otgen.families import FAMILIES, batches, family
 from otgen.gpus import gpu
 from otgen.isa import Mix
 from otgen.measure import Points, Timing, interleave, quantile
@@ -25,6 +25,7 @@ from otgen.verify import Accuracy, call_arguments
 from otgen.workload import CompiledLaunch
 
 PROBLEMS = [problem for kind in FAMILIES.values() for problem in standard(kind, 1500, 1100, 7)]
+BATCHES = [problem for kind in FAMILIES.values() if "batch" in kind.flags for problem in standard(kind, 150, 110, 7, batch=3)]
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0.0, 1.0), (0.5, 2.5), (0.2, 1.6), (1.0, 4.0)])
@@ -80,6 +81,24 @@ def test_input_of_any_size_has_its_shapes_and_known_outputs(problem: Problem) ->
     call[name].copy_(expected[name])
     call[name][-1] += 1.0 + call[name].abs().max()
     assert [check.output for check in points.compare(variant, call) if not check.ok] == [name]
+
+
+@pytest.mark.parametrize("problem", BATCHES, ids=str)
+def test_a_batch_is_one_problem_repeated_and_its_ends_are_compared(problem: Problem) -> None:
+    kind = family(problem.family)
+    points = Points.of(problem)
+    given = points.given()
+    assert given["x"].shape == (3, 150, 7)
+    assert given["y"].shape == (3, 150 if problem.own else 110, 7)
+    one = batches.one_of(problem)
+    expected = kind.reference(one, Points.of(one).given())
+    call = call_arguments(problem, given, "cpu")
+    for name, value in expected.items():
+        call[name].copy_(value.expand(call[name].shape))
+    assert all(check.ok for check in points.compare(kind.default(problem), call))
+    name = next(iter(expected))
+    call[name][-1] += 1.0 + call[name].abs().max()
+    assert [check.output for check in points.compare(kind.default(problem), call) if not check.ok] == [name]
 
 
 @pytest.mark.parametrize("size", [1, 17, 4096, 65536])

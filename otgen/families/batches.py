@@ -74,6 +74,21 @@ def inputs(of: Inputs) -> Inputs:
     return batched
 
 
+def repeated(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Input of a batch that is one problem's, `given`, as often as the batch is large: no padding, and nothing rests."""
+    import torch
+
+    every = {name: value.expand(problem.batch, *value.shape) for name, value in given.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: torch.full((problem.batch,), given[name], dtype=torch.float64) for name in PER_PROBLEM if name in given}
+    extents = {name: torch.full((problem.batch,), size) for name, size in (("rows", problem.n), ("columns", problem.m))}
+    return {**given, **every, **numbers, **extents}
+
+
+def one_of(problem: Problem) -> Problem:
+    """The problem of which `problem` is a batch."""
+    return replace(problem, flags=tuple(flag for flag in problem.flags if flag[0] != "batch"))
+
+
 def reference(of: Reference) -> Reference:
     """`of` for single problems and for the batches that `inputs` makes."""
 
@@ -119,10 +134,8 @@ def _size(problem: Problem, name: str) -> int | None:
 
 
 def _part(problem: Problem, i: int) -> Problem:
-    flags = tuple(flag for flag in problem.flags if flag[0] != "batch")
     n = max(1, problem.n - 3 * i)
-    m = n if problem.own else max(1, problem.m - 5 * i)
-    return Problem(problem.family, n, m, problem.d, problem.dtype, flags)
+    return replace(one_of(problem), n=n, m=n if problem.own else max(1, problem.m - 5 * i))
 
 
 def _padded(tensors: list[torch.Tensor]) -> torch.Tensor:

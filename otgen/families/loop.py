@@ -220,5 +220,6 @@ FAMILY = Family(
     budget=budget,
     standard=standard,
     grid_axes=("PROGRAMS",),
+    coupled=True,
     roomiest=None,
 )

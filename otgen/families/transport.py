@@ -134,7 +134,7 @@ def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expecte
     terms = {"out": plan @ (given["y"] if gradient else given["values"]).abs() * (2.0 * given["cost"] if gradient else 1.0)}
     if problem.flag("output") == "both":
         terms["out_t"] = plan.T @ given["values_t"].abs()
-    return {name: share * float(of.max()) + tiles.FP32_SLACK * float(expected[name].abs().max()) for name, of in terms.items()}
+    return {name: share * float(terms[name].max()) + tiles.FP32_SLACK * float(of.abs().max()) for name, of in expected.items()}
 
 
 def standard(n: int, m: int, d: int) -> tuple[Mapping[str, Value], ...]:
