@@ -82,7 +82,7 @@ def test_every_command_of_the_readme_exists() -> None:
         (
             ["render", "sinkorn", "--shape", "8x8x8"],
             2,
-            "unknown family 'sinkorn'; known: hvp, sinkhorn, transport. Did you mean 'sinkhorn'?",
+            "unknown family 'sinkorn'; known: hvp, loop, sinkhorn, transport. Did you mean 'sinkhorn'?",
         ),
         (["render", "sinkhorn", "--shape", "8x8x8", "--gpu", "a1000"], 2, "unknown GPU 'a1000'"),
         (["render", "sinkhorn", "--shape", "8x8x8", "fusion=all"], 2, "expected fusion among half_step, split_step; got 'all'"),
