@@ -32,15 +32,14 @@ def legal_modes(problem: Problem, gpu: Gpu) -> list[str]:
     def legal(mode: str) -> bool:
         if not kind.fits(problem, default.with_(precision=mode), gpu):
             return True
-        return _legal_mode(roomiest, mode, gpu) and _legal_mode(problem, mode, gpu)
+        return any(_legal_mode(other, mode, gpu) for other in roomiest) and _legal_mode(problem, mode, gpu)
 
     return [mode for mode in map(str, kind.axes(problem)["precision"]) if legal(mode)]
 
 
-def _roomiest(problem: Problem) -> Problem:
-    """What is legal for it holds all that is legal for other sizes of `problem`, and for itself where no size is the roomiest."""
-    n, m = family(problem.family).roomiest or (problem.n, problem.m)
-    return replace(problem, n=n, m=m)
+def _roomiest(problem: Problem) -> tuple[Problem, ...]:
+    """What is legal for one of them holds all that is legal for `problem`: one list serves all sizes."""
+    return tuple(replace(problem, n=n, m=m) for n, m in family(problem.family).roomiest)
 
 
 @lru_cache(maxsize=1024)
@@ -73,9 +72,10 @@ def refusals(problem: Problem, gpu: Gpu, modes: Iterable[str] = ()) -> Iterator[
 
 
 @lru_cache(maxsize=32)
-def _legal_somewhere(problem: Problem, gpu: Gpu) -> list[Variant]:
-    """What is legal for the roomiest problem holds all that is legal for others of its kind."""
-    return [variant for reason, _, variant in refusals(problem, gpu) if not reason]
+def _legal_somewhere(problems: tuple[Problem, ...], gpu: Gpu) -> list[Variant]:
+    """What is legal for one of the problems, once."""
+    legal = (variant for problem in problems for reason, _, variant in refusals(problem, gpu) if not reason)
+    return list(dict.fromkeys(legal))
 
 
 @dataclass(frozen=True)

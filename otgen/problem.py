@@ -220,7 +220,7 @@ class Family:
                them at it, since each would multiply the list
     standard   n, m, d → the flag combinations that `otgen tune` covers when none is asked for
     coupled    whether an output depends on other points of its own side, as after several iterations
-    roomiest   the n and m for which `fits` forbids no plain variant that it allows for others; None where there are no such
+    roomiest   sizes (n, m) such that `fits` allows each plain variant for one of them that it allows for any
     """
 
     name: str
@@ -239,7 +239,7 @@ class Family:
     later_axes: tuple[str, ...] = ()
     refinements: Mapping[str, Value] = field(default_factory=dict)
     coupled: bool = False
-    roomiest: tuple[int, int] | None = (LARGE, LARGE)
+    roomiest: tuple[tuple[int, int], ...] = ((LARGE, LARGE),)
 
     def problem(self, n: int, m: int, d: int, dtype: str = "fp32", /, **flags: Value) -> Problem:
         """A problem of this family with every flag checked; a flag left out takes its first value.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from otgen.problem import Family, Problem
+from dataclasses import replace
+
+from otgen.families.tiles import is_whole
+from otgen.problem import Family, Problem, Variant
 
 
 def standard(kind: Family, n: int, m: int, d: int, dtype: str = "fp32", **more: int | str) -> list[Problem]:
@@ -15,3 +18,12 @@ def every(kind: Family, n: int, m: int, d: int, dtype: str = "fp32") -> list[Pro
     """The problems of `standard`, and a batch of each where the family has batches."""
     batches = standard(kind, n, m, d, dtype, batch=4) if "batch" in kind.flags else []
     return standard(kind, n, m, d, dtype) + batches
+
+
+def held(problem: Problem, variant: Variant) -> tuple[Problem, Variant]:
+    """Both as they are, but where the tile is the whole problem: then a square one, and as many points as it is sure to hold."""
+    if not is_whole(variant):
+        return problem, variant
+    most = variant.int("BLOCK_M") // 2
+    sides = {"n": min(problem.n, most), "m": min(problem.m, most)}
+    return replace(problem, **sides), variant.with_(BLOCK_N=variant["BLOCK_M"], num_stages=1)

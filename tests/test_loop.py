@@ -176,7 +176,7 @@ def test_a_grid_that_cannot_be_on_the_gpu_at_once_is_refused() -> None:
 
 
 def test_a_resident_tile_is_listed_where_it_holds_the_problem() -> None:
-    """No size is the roomiest: many programs want many points, a tile that is the whole problem few."""
+    """Many programs want many points, a tile that is the whole problem few: one list has both."""
     for n, fusions in ((60, {"streamed", "resident"}), (1024, {"streamed"})):
         variants = legal_variants(problem_of(n, n, 64, schedule="symmetric", batch=64), GPUS["h100"])
         assert {variant["fusion"] for variant in variants} == fusions

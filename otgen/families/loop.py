@@ -22,7 +22,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from otgen.families import batches, tiles
-from otgen.problem import Argument, Family, Problem, Spec, Sweep, Value, Variant, Work, largest_alike
+from otgen.problem import LARGE, Argument, Family, Problem, Spec, Sweep, Value, Variant, Work, largest_alike
 
 if TYPE_CHECKING:
     import torch
@@ -221,5 +221,5 @@ FAMILY = Family(
     standard=standard,
     grid_axes=("PROGRAMS",),
     coupled=True,
-    roomiest=None,
+    roomiest=((LARGE, LARGE), (1, 1)),
 )

@@ -18,7 +18,7 @@ AXIS: Mapping[str, tuple[Value, ...]] = {"SPLITS": tiles.powers_of_two(1, 16)}
 LARGEST_SCRATCH = 1 << 30
 """Bytes that shares of sums may take."""
 
-ROOMIEST = (1, LARGE)
+ROOMIEST = ((1, LARGE),)
 """The n and m that forbid least: the fewest shares, of the most columns."""
 
 
