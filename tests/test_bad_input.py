@@ -165,7 +165,7 @@ def test_numbers_may_be_numpy_s():
 
 
 def test_a_refusal_costs_no_sweep(monkeypatch):
-    monkeypatch.setattr("otgen.ops._launch", lambda *_: pytest.fail("a sweep was run"))
+    monkeypatch.setattr("otgen.ops.run", lambda *_: pytest.fail("a sweep was run"))
     for args, options, _ in CASES.values():
         with pytest.raises(OtgenError):
             otgen.solve_sample(*args, **{"reg": 0.1, **options})
