@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from otgen import families, gpus
 from otgen.errors import NoValidVariant, StoreError, UsageError, unknown
 from otgen.precision import of_family
-from otgen.problem import LARGEST_DIMENSION, Problem, Value, Variant
+from otgen.problem import LARGEST_DIMENSION, Problem, Value, Variant, bucket
 from otgen.ranking import Cache, Candidate, centre, ranked, stale
 from otgen.standard import flag_words
 from otgen.store import TuningWarning, Winner, default_path, overlay, read_winners, shipped
@@ -113,7 +113,7 @@ class Dispatcher:
         flags  complete and sorted, as `Problem.flags` is
         Raises UsageError for an unknown family, GPU or dtype or an empty size, NoValidVariant when not even the default fits.
         """
-        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, modes)
+        key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, modes)
         choice = self._choices.get(key)
         if choice is None:
             choice = self._choices[key] = self._resolve(Problem(family, n, m, d, dtype, flags), gpu, modes)
@@ -121,7 +121,7 @@ class Dispatcher:
 
     def kernel(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> Kernel:
         """`choose`, and the launch of the module rendered for the choice; only the first call of a bucket imports a renderer."""
-        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, modes)
+        key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, modes)
         kernel = self._kernels.get(key)
         if kernel is None:
             from otgen.render import load
@@ -133,7 +133,7 @@ class Dispatcher:
 
     def is_tuned(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> bool:
         """Whether `choose` would find more than the family's default; it says nothing of what it finds."""
-        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, modes)
+        key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, modes)
         known = self._tuned.get(key)
         if known is None:
             explained = self.explain(Problem(family, n, m, d, dtype, flags), gpu, modes)
@@ -142,7 +142,7 @@ class Dispatcher:
 
     def named(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, variant: Variant) -> Kernel:
         """`variant` and the launch of the module rendered for it, whatever else is tuned. Raises NoValidVariant when it misfits."""
-        key = (family, gpu, (2 * n * n).bit_length() - 1 >> 1, (2 * m * m).bit_length() - 1 >> 1, d, dtype, flags, variant)
+        key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, variant)
         kernel = self._kernels.get(key)
         if kernel is None:
             from otgen.render import load

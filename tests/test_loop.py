@@ -79,6 +79,7 @@ def test_it_stops_at_the_tolerance_with_the_potentials_of_that_iteration(schedul
     load(problem, variant).launch(**fewer)
 
     assert found["missed"].isfinite().tolist() == [t <= stop for t in range(loop.ITERATIONS)]
+    assert LOOP.reference(problem, {**given, "tol": tol})["missed"].isfinite().tolist() == found["missed"].isfinite().tolist()
     for name in ("u_out", "rho", *(() if problem.own else ("v_out", "gamma"))):
         assert torch.equal(found[name], fewer[name]), name
 

@@ -53,7 +53,7 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     programs, block_m, block_n = (variant.int(axis) for axis in ("PROGRAMS", "BLOCK_M", "BLOCK_N"))
     if problem.own and problem.n != problem.m:
         return "a measure's transport to itself has as many columns as rows"
-    if variant["fusion"] == "resident":
+    if tiles.is_whole(variant):
         if largest_alike(problem.n) > block_m or largest_alike(problem.m) > block_n:
             return "a resident tile is the whole problem, and the largest of those that share its variant"
         if problem.own and block_m != block_n:
@@ -87,7 +87,7 @@ def arguments(problem: Problem) -> dict[str, Argument]:
 
 def work(problem: Problem, variant: Variant) -> Work:
     phases = 2 if problem.flag("schedule") == "alternating" else 1
-    if variant["fusion"] == "resident":
+    if tiles.is_whole(variant):
         return Work((Sweep(problem.batch, phases * ITERATIONS, problem.m * problem.batch),), products=0, both_sums=not problem.own)
     programs, m, n = variant.int("PROGRAMS"), problem.m, problem.n
     rows, columns = (ceil(size / variant.int("BLOCK_M")) for size in (n, m))
@@ -151,12 +151,12 @@ def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
         missed[t] = _missed(u, rho, a, given["x_sq"], scale, share_a, lift)
         new_u = _updated(u, rho, given["x_sq"], scale, share_a, lift, step)
         if problem.own:
-            u = v = ratio * new_u
-            continue
-        gamma = _sums((v[:, None] + (new_u if schedule == "alternating" else u)) + scale * product.T, a)
-        if schedule == "symmetric":
-            missed[t] += _missed(v, gamma, b, given["y_sq"], scale, share_b, -lift)
-        v = ratio * _updated(v, gamma, given["y_sq"], scale, share_b, -lift, step)
+            v = ratio * new_u
+        else:
+            gamma = _sums((v[:, None] + (new_u if schedule == "alternating" else u)) + scale * product.T, a)
+            if schedule == "symmetric":
+                missed[t] += _missed(v, gamma, b, given["y_sq"], scale, share_b, -lift)
+            v = ratio * _updated(v, gamma, given["y_sq"], scale, share_b, -lift, step)
         u = ratio * new_u
         if missed[t] <= given["tol"]:
             break

@@ -20,7 +20,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import batches, packed, tiles
+from otgen.families import batches, packed, splits, tiles
 from otgen.precision import MODES
 from otgen.problem import BYTES, Argument, Family, Problem, Spec, Sweep, Value, Variant, Work
 
@@ -34,7 +34,7 @@ STRUCTURE: Mapping[str, tuple[Value, ...]] = {
     "precision": tuple(MODES),
     "bias": ("added", "mma", "wgmma"),
     "operands": ("stored", "packed"),
-    "SPLITS": tiles.powers_of_two(1, 16),
+    **splits.AXIS,
     "sums": ("atomic", "ordered"),
     "exp2_by_fma": (0, 1, 2, 4),
     "loads": ("pointers", "descriptor"),
@@ -60,9 +60,6 @@ FUSIONS = {
 SWEPT = ("split_step", "one_sweep", "half_sweep", "three_sweeps")
 """Fusions of which a first launch sums, and a second one updates."""
 
-LARGEST_SCRATCH = 1 << 30
-"""Bytes that shares of sums may take: at n = m, blocks of 128 rows, up to 185 000 points."""
-
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
     return {**tiles.tile_axes(problem), **STRUCTURE, "fusion": FUSIONS[str(problem.flag("schedule"))]}
@@ -78,8 +75,8 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
     if variant.get("sums") == "ordered":
         if variant["fusion"] not in SWEPT:
             return "a program that has its sums to itself has no order to keep"
-        if scratch_bytes(problem, variant) > LARGEST_SCRATCH:
-            return f"the shares of its sums exceed {LARGEST_SCRATCH} bytes"
+        if scratch_bytes(problem, variant) > splits.LARGEST_SCRATCH:
+            return f"the shares of its sums exceed {splits.LARGEST_SCRATCH} bytes"
     if variant["fusion"] == "split_step" and not tiles.is_packed(variant) and variant.get("SPLITS", 1) == 1:
         return "a program that has a row to itself can update it"
     fewest = min(problem.n, problem.m) if problem.flag("schedule") == "debiased" else problem.m

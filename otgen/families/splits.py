@@ -16,7 +16,7 @@ from otgen.problem import BYTES, LARGE, Problem, Sweep, Value, Variant
 AXIS: Mapping[str, tuple[Value, ...]] = {"SPLITS": tiles.powers_of_two(1, 16)}
 
 LARGEST_SCRATCH = 1 << 30
-"""Bytes that shares of sums may take."""
+"""Bytes that shares of sums may take: of a symmetric step at n = m, blocks of 128 rows, up to 185 000 points."""
 
 ROOMIEST = ((1, LARGE),)
 """The n and m that forbid least: the fewest shares, of the most columns."""

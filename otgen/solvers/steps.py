@@ -201,11 +201,9 @@ class Steps:
         No pair is moved along (f + t, g − t) on the way (`translated`).
         """
         c = self.clouds
-        course = self.course(eps)
-        launch = {name: value for name, value in self.launch.items() if name != "scale"}
-        return iterations.sinkhorn_iterations(
-            c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, course=course, schedule=schedule, step=step, tol=tol, **launch
-        )
+        clouds = c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq
+        launch: dict[str, Any] = {"course": self.course(eps), "modes": self.modes, "extents": c.extents}
+        return iterations.sinkhorn_iterations(*clouds, schedule=schedule, step=step, tol=tol, **launch)
 
     def course(self, eps: Sequence[Scalar]) -> Tensor:
         """(…, k, 5): what each of k iterations goes by (`otgen.families.loop`)."""
