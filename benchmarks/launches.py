@@ -6,8 +6,8 @@
 variant counts as many kernels as its launch starts. A wait is a number that the host reads off a tensor (`item`, `bool`, `nonzero`,
 a copy to the CPU). Exact, whatever the machine.
 
-*Timed*: the schedule of SamplesLoss through the real launches and Triton's own launcher, compiled for an H100, over a driver that
-does nothing: what Python and PyTorch do between two kernels, on this machine's CPU. The fastest of several repeats.
+*Timed*: steps, and the schedule of SamplesLoss, through the real launches, compiled for an H100, over a driver that does nothing:
+what Python and PyTorch do between two kernels, in this machine's processor time. The fastest of several repeats.
 
 Writes benchmarks/results/launches.json.
 """
@@ -40,6 +40,7 @@ RESULT = Path(__file__).parent / "results" / "launches.json"
 GPU = "h100"
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 REPEATS = 7
+CALLS = 200
 SHAPES = (1000,), (64, 128), (6000,)
 """Points of both clouds, or problems and points of a batch: of loops, of a batch of loops, and too large for them."""
 
@@ -184,52 +185,63 @@ def text(shape: tuple[int, ...]) -> str:
     return f"{shape[0]} points" if len(shape) == 1 else f"{shape[0]} problems of {shape[1]} points"
 
 
-def timed() -> dict[str, float]:
-    """Microseconds of Python for each iteration of SamplesLoss's schedule (debiased), in a process that compiles."""
+def timed() -> dict[str, dict[str, float]]:
+    """Microseconds of Python for steps, and for iterations of a debiased SamplesLoss; in a process that compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, "--timed"]
-    found: dict[str, float] = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    found: dict[str, dict[str, float]] = json.loads(
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+    )
     return found
 
 
-def time_here() -> dict[str, float]:
+def time_here() -> dict[str, dict[str, float]]:
     from triton.runtime.driver import driver
 
     from otgen.gpus import gpu
-    from otgen.offline import OfflineDriver
+    from otgen.offline import IdleDriver
 
-    class Idle(OfflineDriver):
-        """A driver whose launches do nothing."""
-
-        class utils:
-            @staticmethod
-            def load_binary(*given: Any) -> tuple[int, int, int, int, int]:
-                return 0, 0, 0, 0, 1024
-
-            @staticmethod
-            def get_device_properties(device: int) -> dict[str, int]:
-                return {"max_shared_mem": gpu(GPU).shared_per_block}
-
-        @staticmethod
-        def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
-            return lambda *given, **named: None
-
-    driver.set_active(Idle(gpu(GPU)))
+    driver.set_active(IdleDriver(gpu(GPU)))
     torch.Tensor.is_cuda = property(lambda self: True)  # a loop of one program each would be no GPU's
     torch.cuda.current_device = lambda: None
-    found = {}
+    torch.set_num_threads(1)
     with as_if_on_a_gpu(None):
+        steps = {name: min(_repeated(step) for _ in range(REPEATS)) for name, step in single_steps().items()}
+        losses = {}
         for shape in SHAPES:
             call = partial(loss_of, shape, 0.001, 0.9)
             call()
-            found[text(shape)] = 1e6 * min(_seconds(call) for _ in range(REPEATS)) / len(schedule_of(0.001, 0.9))
-    return found
+            losses[text(shape)] = min(_seconds(call) for _ in range(REPEATS)) / len(schedule_of(0.001, 0.9))
+    return {
+        "a step": {name: 1e6 * seconds for name, seconds in steps.items()},
+        "an iteration of SamplesLoss": {name: 1e6 * seconds for name, seconds in losses.items()},
+    }
+
+
+def single_steps() -> dict[str, Callable[[], Any]]:
+    """Steps of SHAPES' largest clouds, each a launch of `otgen.ops`."""
+    x, y = clouds(*SHAPES[-1])
+    u, v, a, b, x_sq, y_sq = (torch.ones(len(x)) for _ in range(6))
+    return {
+        "half": partial(ops.sinkhorn_half_step, x, y, u, v, b, x_sq, scale=1.0),
+        "symmetric": partial(ops.sinkhorn_symmetric_step, x, y, u, v, a, b, x_sq, y_sq, scale=1.0),
+        "own": partial(ops.sinkhorn_own_step, x, x, u, a, x_sq, scale=1.0),
+        "debiased": partial(ops.sinkhorn_debiased_step, x, y, u, v, u, v, a, b, x_sq, y_sq, scale=1.0),
+        "P·V": partial(ops.apply_plan, x, y, u, v, a, b, y, scale=1.0),
+    }
+
+
+def _repeated(call: Callable[[], Any]) -> float:
+    """Seconds of one of many calls."""
+    call()
+    return _seconds(lambda: [call() for _ in range(CALLS)]) / CALLS
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    """Of this thread on a processor: what else the machine does meanwhile does not count."""
+    began = time.thread_time()
     call()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def main() -> None:
@@ -240,13 +252,14 @@ def main() -> None:
     if parser.parse_args().timed:
         print(json.dumps(time_here()))
         return
-    report = {"gpu": GPU, "counted": [asdict(count) for count in counts()], "python_us_per_iteration": timed()}
+    report = {"gpu": GPU, "counted": [asdict(count) for count in counts()], "python_us": timed()}
     RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{'':44}{'iterations':>11}{'kernels':>9}{'loops':>7}{'waits':>7}")
     for row in report["counted"]:
         print(f"{row['what']:44}{row['iterations']:11}{row['kernels']:9}{row['loops']:7}{row['waits']:7}")
-    for name, microseconds in report["python_us_per_iteration"].items():
-        print(f"SamplesLoss, {name}: {microseconds:.1f} µs of Python an iteration")
+    for what, times in report["python_us"].items():
+        for name, microseconds in times.items():
+            print(f"{what}, {name}: {microseconds:.1f} µs of Python")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What an earlier template taught, carried over to the present one wherever both render to the same source.
+"""What an earlier template taught, carried over to the present one wherever both render to the same kernels.
 
 Every edit of a template, a comment of otgen.blocks even, changes its hash, and with it all its winners are stale. Most edits leave
-most renders as they are, though, and the compiler sees the render alone: equal digests are equal kernels.
+most kernels as they are, though, and nothing else is compiled: equal digests (`otgen.render.kernels_digest`) are equal binaries.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from otgen.errors import UsageError
 from otgen.families import family
 from otgen.gpus import Gpu
 from otgen.problem import Problem, Variant
-from otgen.render import body_digest, source
+from otgen.render import kernels_digest, source
 from otgen.store import PastTrial, Store
 
 
 def carry(problems: Sequence[Problem], gpu: Gpu, store: Store) -> Counter[Problem]:
     """Inserts trials of `problems` on the templates of stale winners again, as ones of the present template; counts them.
 
-    Only those whose compiled source the present template still renders; failures too, so that a search goes on where it was. In one
+    Only those whose kernels the present template still renders; failures too, so that a search goes on where it was. In one
     transaction with the new decisions: what is interrupted leaves nothing, and what is repeated finds nothing left to carry.
     """
     triton = version("triton")
@@ -46,10 +46,10 @@ def digests(problem: Problem, variant: Variant) -> Iterator[str]:
     kind = family(problem.family)
     try:
         axes = {axis: values for axis, values in kind.axes(problem).items() if axis in kind.grid_axes and axis in variant}
-        yield body_digest(source(problem, variant))
+        yield kernels_digest(source(problem, variant))
         for values in product(*axes.values()):
             other = variant.with_(**dict(zip(axes, values)))
             if other != variant and kind.same_kernels(other) == kind.same_kernels(variant):
-                yield body_digest(source(problem, other))
+                yield kernels_digest(source(problem, other))
     except UsageError:
         return  # outside the space that the family has now

@@ -81,7 +81,7 @@ def _toolchain() -> str:
 class Inspection:
     """What the compiler made of a variant: its launches, or the error that says why there are none; and the seconds it took.
 
-    source_hash  `otgen.render.body_digest` of what was compiled; "" beside an error
+    source_hash  `otgen.render.kernels_digest` of what was compiled; "" beside an error
     """
 
     launches: list[CompiledLaunch]
@@ -105,7 +105,7 @@ def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -
 
     They share one start of the disassembler, and Python's garbage collector stays out of the compiler's way.
     """
-    from otgen.render import body_digest, source
+    from otgen.render import kernels_digest, source
 
     target = gpu(slug)
     built: list[list[Launch] | CompileError] = []
@@ -130,7 +130,7 @@ def inspect_variants(problem: Problem, variants: Sequence[Variant], slug: str) -
         own = [next(kernels) for _ in builds]
         try:
             launches = _launches(problem, variant, target, own)
-            found.append(Inspection(launches, None, took, body_digest(source(problem, variant))))
+            found.append(Inspection(launches, None, took, kernels_digest(source(problem, variant))))
         except CompileError as error:
             found.append(Inspection([], error, took))
     return found

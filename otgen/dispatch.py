@@ -124,11 +124,12 @@ class Dispatcher:
         key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, modes)
         kernel = self._kernels.get(key)
         if kernel is None:
+            from otgen.prepared import prepared
             from otgen.render import load
 
             choice = self.choose(family, gpu, n, m, d, dtype, flags, modes)
             module = load(centre(Problem(family, n, m, d, dtype, flags)), choice.variant)
-            kernel = self._kernels[key] = Kernel(choice, module.launch)
+            kernel = self._kernels[key] = Kernel(choice, prepared(module))
         return kernel
 
     def is_tuned(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> bool:
@@ -145,11 +146,12 @@ class Dispatcher:
         key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, variant)
         kernel = self._kernels.get(key)
         if kernel is None:
+            from otgen.prepared import prepared
             from otgen.render import load
 
             target = centre(Problem(family, n, m, d, dtype, flags))
             choice = _pinned(variant, target, self._gpu(gpu))
-            kernel = self._kernels[key] = Kernel(choice, load(target, variant).launch)
+            kernel = self._kernels[key] = Kernel(choice, prepared(load(target, variant)))
         return kernel
 
     def explain(self, problem: Problem, gpu: str, modes: tuple[str, ...]) -> Explanation:

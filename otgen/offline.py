@@ -7,6 +7,7 @@ exactly what would run, specialised as it would be, and the launches and grids a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from inspect import unwrap
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -72,6 +73,10 @@ class _Stub:
     def zero_(self) -> _Stub:
         return self
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
+        """Nothing is computed: `launch()` clears sums at once, and no result of a torch function is looked at."""
+
 
 class OfflineDriver:
     """As much of a Triton driver as compiling asks for. The device number keeps targets apart in Triton's caches."""
@@ -88,6 +93,30 @@ class OfflineDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class IdleDriver(OfflineDriver):
+    """One that starts kernels too: nothing happens. Its `utils` and `launcher_cls` are what Triton asks of a driver."""
+
+    def __init__(self, target: Gpu) -> None:
+        super().__init__(target)
+        self.utils = _Utilities(target.shared_per_block)
+
+    @staticmethod
+    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *given: None
+
+
+class _Utilities:
+    def __init__(self, shared: int) -> None:
+        self._shared = shared
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """module, function, registers, spilled bytes, threads of a block at most"""
+        return 0, 0, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self._shared}
 
 
 class _Recorder:

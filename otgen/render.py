@@ -6,12 +6,14 @@ needs nothing but Triton; otgen imports it from there, because Triton reads a ke
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -72,9 +74,37 @@ def source(problem: Problem, variant: Variant) -> str:
 
 
 def body_digest(text: str) -> str:
-    """Twelve hex digits of a render without its header: equal for renders that compile to the same kernels."""
-    body = text.split("\n", HEADER_LINES)[HEADER_LINES]
-    return hashlib.sha256(body.encode()).hexdigest()[:12]
+    """Twelve hex digits of a render without its header."""
+    return _digest(text.split("\n", HEADER_LINES)[HEADER_LINES])
+
+
+def kernels_digest(text: str) -> str:
+    """Twelve hex digits of what a compiler sees of a render: its kernels, its constants, and the options that its launches name."""
+    nodes = [node for node in ast.parse(text).body if not isinstance(node, ast.Expr | ast.Import | ast.ImportFrom)]
+    host = [node for node in nodes if isinstance(node, ast.FunctionDef) and not node.decorator_list]
+    named = {option for function in host for option in _options(function)}
+    return _digest("\n".join([*(ast.unparse(node) for node in nodes if node not in host), *sorted(named)]))
+
+
+def _options(function: ast.FunctionDef) -> Iterator[str]:
+    """Keywords, and keys of dictionaries, that a function mentions.
+
+    Triton's own options, in lower case, come with the values that stand beside them; kernels' constants follow from the sizes.
+    """
+    for node in ast.walk(function):
+        if isinstance(node, ast.keyword) and node.arg is not None:
+            yield _option(node.arg, node.value)
+        elif isinstance(node, ast.Dict):
+            keyed = zip(node.keys, node.values)
+            yield from (_option(str(key.value), value) for key, value in keyed if isinstance(key, ast.Constant))
+
+
+def _option(name: str, value: ast.expr) -> str:
+    return f"{name}={ast.unparse(value)}" if name.islower() else name
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def file_name(problem: Problem, variant: Variant, text: str) -> str:

@@ -95,7 +95,7 @@ def tune(
 ) -> Iterator[Summary]:
     """Tunes `problems` one after the other, yielding a summary of each; stops early when the budget is spent.
 
-    What an earlier template taught is carried over first, wherever the present one renders to the same source.
+    What an earlier template taught is carried over first, wherever the present one renders to the same kernels.
 
     A KeyboardInterrupt passes through, after the winners of the present problem are decided.
     """

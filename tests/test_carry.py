@@ -21,7 +21,7 @@ from otgen.families import family
 from otgen.gpus import gpu
 from otgen.problem import Problem, Variant
 from otgen.ranking import stale
-from otgen.render import body_digest, source
+from otgen.render import kernels_digest, source
 from otgen.resources import resource, template_hash
 from otgen.store import Accuracy, Compiled, Measurement, Prediction, Store, Trial, Winner, read_winners
 
@@ -48,7 +48,7 @@ def put(
     """Record one trial with its binary; rendered: the variant whose source was compiled for it."""
     from importlib.metadata import version
 
-    digest = body_digest(source(problem, rendered or variant))
+    digest = kernels_digest(source(problem, rendered or variant))
     return store.record(
         Trial(problem, "a100", variant, status, template_hash("sinkhorn"), message, compile_ms=7.0),
         environment=store.environment({"gpu": "a100", "triton": version("triton")}),
@@ -128,7 +128,7 @@ def test_a_carried_trial_has_every_fact_and_says_where_it_is_from(path: Path, tu
             "SELECT environment, compile_ms FROM trial WHERE id IN (?, ?)", (old, trial.id)
         ).fetchall()
     assert sorted(errors) == [("rho", 0.5, 1.0), ("u_out", 0.25, 1.0)]
-    assert trial.message == f"carried over from trial {old} of template {template}, whose rendered source is the same"
+    assert trial.message == f"carried over from trial {old} of template {template}, whose kernels are the same"
     assert failed.message.startswith("spills 8 bytes; carried over from trial ")
     assert environments == [(environments[0][0], 7.0), (environments[0][0], None)]
 
@@ -188,7 +188,7 @@ def test_what_the_present_template_tried_is_left_alone(path: Path, tuned: list[W
 def test_a_binary_shared_by_numbers_of_programs_holds_for_all_of_them(path: Path) -> None:
     """The digest stored with a binary may be that of another variant that compiles alike."""
     swept = SINKHORN.default(SYMMETRIC).with_(fusion="one_sweep", stabiliser="shifted", SPLITS=4)
-    assert body_digest(source(SYMMETRIC, swept)) != body_digest(source(SYMMETRIC, swept.with_(SPLITS=8)))
+    assert kernels_digest(source(SYMMETRIC, swept)) != kernels_digest(source(SYMMETRIC, swept.with_(SPLITS=8)))
     with Store.open(path) as store:
         put(store, swept, problem=SYMMETRIC, rendered=swept.with_(SPLITS=8))
         put(store, swept.with_(SPLITS=1), problem=SYMMETRIC, rendered=swept)

@@ -27,7 +27,7 @@ TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "stabilis
 
 
 def compile_all(tasks: dict[object, tuple[Problem, Variant, str]]) -> dict[object, Outcome]:
-    with Pool(compile=Role(2, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
+    with Pool(compile=Role(2, limit=300.0, environment={"TRITON_INTERPRET": None})) as pool:
         for key, task in tasks.items():
             pool.submit("compile", key, compile_variant, *task)
         return {outcome.key: outcome for outcome in pool.outcomes()}
@@ -98,7 +98,7 @@ def test_issue_slots_of_biases_in_the_product(slug: str, schedule: str, axes: di
     swept = {"fusion": fusion, **({"SPLITS": 8} if fusion != "half_step" else {})}
     variant = tuned(problem, precision, **{"BLOCK_M": 128, "BLOCK_K": power_of_two(d), **axes, **swept})
     assert family("sinkhorn").fits(problem, variant, gpu(slug)) == ""
-    with Pool(compile=Role(1, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
+    with Pool(compile=Role(1, limit=300.0, environment={"TRITON_INTERPRET": None})) as pool:
         pool.submit("compile", 0, inspect_variants, problem, [variant], slug)
         ((inspection,),) = (outcome.value for outcome in pool.outcomes())
     assert [launch.spills for launch in inspection.launches] == [0] * len(inspection.launches)
@@ -119,7 +119,7 @@ def test_exponentials_shared_with_the_multiply_add_units(slug: str) -> None:
     axes = {"bias": "wgmma", "precision": "tf32", "num_stages": 1} if slug == "h100" else {"precision": "bf16"}
     variants = [tuned(problem, **{"BLOCK_M": 128, "exp2_by_fma": k, **axes}) for k in shares]
     assert not any(family("sinkhorn").fits(problem, variant, gpu(slug)) for variant in variants)
-    with Pool(compile=Role(1, limit=120.0, environment={"TRITON_INTERPRET": None})) as pool:
+    with Pool(compile=Role(1, limit=300.0, environment={"TRITON_INTERPRET": None})) as pool:
         pool.submit("compile", 0, inspect_variants, problem, variants, slug)
         (outcome,) = pool.outcomes()
     pairs = 128 * 64 / (gpu(slug).warp_size * 4)

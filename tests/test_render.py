@@ -16,7 +16,7 @@ from jinja2.exceptions import UndefinedError
 from otgen.errors import UsageError
 from otgen.families import FAMILIES, family
 from otgen.problem import Problem, Variant
-from otgen.render import HEADER_LINES, _environment, body_digest, file_name, load, save, source
+from otgen.render import HEADER_LINES, _environment, body_digest, file_name, kernels_digest, load, save, source
 from otgen.resources import resource, template_hash
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -204,6 +204,24 @@ def test_sizes_do_not_change_the_body() -> None:
     assert file_name(problem, variant, one) == file_name(other, variant, two)
     looped = source(problem, variant.with_(BLOCK_K=32))
     assert body_digest(looped) != body_digest(one)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("row_blocks, column_blocks = ceil(n / BLOCK_M.value)", "row_blocks, column_blocks = -(-n // BLOCK_M.value)", True),
+        ("def launch(", "def aside():\n    return 1\n\n\ndef launch(", True),
+        ('"num_warps": NUM_WARPS', '"num_warps": 8', False),
+        ('"enable_fp_fusion": True', '"enable_fp_fusion": False', False),
+        ("BLOCK_N = tl.constexpr(64)", "BLOCK_N = tl.constexpr(32)", False),
+        ("rho += tl.sum(b[None, :] * p, 1)", "rho += tl.sum(p * b[None, :], 1)", False),
+    ],
+)
+def test_the_digest_of_kernels_is_of_what_a_compiler_sees(old: str, new: str, same: bool) -> None:
+    text = source(*CASES["sinkhorn_one_sweep_split"])
+    assert old in text
+
+    assert (kernels_digest(text.replace(old, new)) == kernels_digest(text)) == same
 
 
 def test_a_render_is_written_once_and_imported_once(tmp_path: Path) -> None:

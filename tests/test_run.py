@@ -24,7 +24,7 @@ from otgen.measure import Timing
 from otgen.model import predict
 from otgen.pool import Outcome
 from otgen.problem import Problem, Variant
-from otgen.render import body_digest, source
+from otgen.render import kernels_digest, source
 from otgen.run import Progress, Run, Session
 from otgen.store import RESOLUTION, Store, Winner
 from otgen.verify import Accuracy
@@ -77,7 +77,7 @@ class Bench:
             launches = answer(attempt.variant)
         except CompileError as error:
             return Inspection([], error, 0.1)
-        digest = body_digest(source(attempt.problem, attempt.variant))
+        digest = kernels_digest(source(attempt.problem, attempt.variant))
         return launches if isinstance(launches, Outcome) else Inspection(launches, None, 0.1, digest)
 
 
@@ -143,7 +143,7 @@ def test_the_modes_of_a_problem_are_known_without_enumerating_it(slug: str) -> N
 
 
 def test_the_digest_of_the_source_comes_from_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_run.body_digest", lambda text: "from its own")
+    monkeypatch.setattr("test_run.kernels_digest", lambda text: "from its own")
     _, store, _ = search(tmp_path, Bench(), MODES)
     with sqlite3.connect(store.path) as connection:
         assert set(connection.execute("SELECT source_hash FROM compile")) == {("from its own",)}

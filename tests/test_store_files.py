@@ -15,7 +15,7 @@ from toy_family import HASH, put, variant
 
 from otgen.errors import StoreError
 from otgen.problem import Problem
-from otgen.store import Store, default_path, read_winners
+from otgen.store import Store, default_path, read_winners, shipped
 from otgen.store.connect import still
 from otgen.store.publish import write_text
 
@@ -23,26 +23,26 @@ pytestmark = pytest.mark.usefixtures("toy")
 
 
 def test_a_snapshot_is_one_file_that_opens_without_a_write(path: Path, tmp_path: Path, problem: Problem) -> None:
-    shipped = tmp_path / "shipped" / "a100.db"
+    published = tmp_path / "shipped" / "a100.db"
     with Store.open(path) as store:
         put(store, problem, choice=variant("ieee"), predicted=2.0)
         put(store, problem, choice=variant("ieee", BLOCK_M=16), predicted=3.0)
         put(store, problem, status="timeout")
         store.decide(problem, "a100")
-        store.snapshot(shipped)
+        store.snapshot(published)
         store.snapshot(tmp_path / "small.db", winners_of="a100")
         assert len(store.trials(problem, "a100")) == 3
-    assert shipped.read_bytes()[18:20] == b"\x01\x01", (
+    assert published.read_bytes()[18:20] == b"\x01\x01", (
         "expected a rollback journal: a write-ahead log cannot be read from read-only media"
     )
-    with Store.open(shipped, readonly=True) as store:
+    with Store.open(published, readonly=True) as store:
         assert len(store.trials(problem, "a100")) == 3
         with pytest.raises(StoreError, match=r"can be written at .*--db or set OTGEN_DB"):
             put(store, problem)
     with Store.open(tmp_path / "small.db", readonly=True) as store:
         assert [trial.predicted_us for trial in store.trials(problem, "a100")] == [2.0]
         assert [winner.us for winner in store.winners()] == [2.0]
-    assert os.listdir(shipped.parent) == ["a100.db"]
+    assert os.listdir(published.parent) == ["a100.db"]
 
 
 def test_a_snapshot_can_leave_out_winners_of_other_templates(path: Path, tmp_path: Path, problem: Problem) -> None:
@@ -227,3 +227,9 @@ def test_a_file_that_is_written_to_while_it_is_read_as_still(path: Path, problem
         put(store, problem, predicted=3.0)
         with still(path) as connection:
             assert connection.execute("SELECT count(*) FROM trial").fetchone() == (3,), "a writer at work is no obstacle"
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_shipped_files_need_no_log_beside_them(path: Path) -> None:
+    """Bytes 18 and 19 of a database are 2 in write-ahead mode, which asks for a folder that can be written."""
+    assert path.read_bytes()[18:20] == b"\x01\x01"

@@ -161,7 +161,7 @@ def _report(say: _Voice, summaries: list[Summary], problems: list[Any], path: Pa
     say(f"{added} trials run, {total} known for these problems; not ok: {counts}.")
     carried = sum(summary.carried for summary in summaries)
     if carried:
-        say(f"  {carried} of them carried over from an earlier template that renders to the same source.")
+        say(f"  {carried} of them carried over from an earlier template that renders to the same kernels.")
     for status, message in _examples(summaries).items():
         say(f"  {status}, for example: {message}")
     if len(summaries) < len(problems):

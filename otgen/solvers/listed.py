@@ -8,6 +8,7 @@ eps, visits all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,11 +77,11 @@ class ListedSteps(Steps):
 
     tiling: Tiling = field(kw_only=True)
 
-    @property
+    @cached_property
     def swapped(self) -> ListedSteps:
         return self._with(super().swapped, self.tiling.swapped)
 
-    @property
+    @cached_property
     def alone(self) -> ListedSteps:
         return self._with(super().alone, self.tiling.own)
 

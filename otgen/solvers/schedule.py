@@ -209,7 +209,7 @@ def run_together(steps: Steps, eps: tuple[float, ...], *, last_extrapolation: bo
     starts = [side.scaled(torch.zeros_like(side.clouds.a), torch.zeros_like(side.clouds.b)) for side in _three(at)]
     found = at.debiased(*starts[0], starts[1][0], starts[2][0], 1.0)
     for reg in eps:
-        u, v, p, q = (potential * (at.eps / reg) for potential in found)
+        u, v, p, q = torch._foreach_mul(found, at.eps / reg)
         at = steps.at(reg)
         found = at.debiased(u, v, p, q, 0.5)
     full = at.debiased(*found, 1.0)

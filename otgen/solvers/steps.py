@@ -71,7 +71,7 @@ class Steps:
         reach = self.clouds.reach
         return 4.0 * kappa(self.eps) * (reach.clamp(min=1e-15) if isinstance(reach, Tensor) else max(reach, 1e-30)) ** 2
 
-    @property
+    @cached_property
     def swapped(self) -> Steps:
         return replace(self, clouds=self.clouds.swapped, rho_a=self.rho_b, rho_b=self.rho_a)
 
@@ -176,7 +176,7 @@ class Steps:
         u_out, v_out, rho, gamma = ops.sinkhorn_symmetric_step(c.x, c.y, u, v, c.a, c.b, c.x_sq, c.y_sq, step=step, **self.launch)
         return self.relaxed(u_out, u, step), self.swapped.relaxed(v_out, v, step), rho, gamma
 
-    @property
+    @cached_property
     def alone(self) -> Steps:
         """The problem of the first side with itself."""
         return replace(self, clouds=self.clouds.own)
@@ -185,6 +185,8 @@ class Steps:
         """`both` of (u, v), `own` of each side's p and q alone, in one launch: the potentials. For clouds without labels."""
         c = self.clouds
         out = ops.sinkhorn_debiased_step(c.x, c.y, u, v, p, q, c.a, c.b, c.x_sq, c.y_sq, step=step, **self.launch)
+        if self.balanced:
+            return out[:4]
         sides = self, self.swapped, self.alone, self.swapped.alone
         u, v, p, q = (side.relaxed(new, old, step) for side, new, old in zip(sides, out, (u, v, p, q)))
         return u, v, p, q

@@ -29,7 +29,7 @@ INSERT INTO trial (environment, {", ".join(_PROBLEM)}, variant, template_hash, s
 SELECT environment, {", ".join(_PROBLEM)}, :variant, :template_hash, status,
        CASE WHEN instr(message, '{CARRIED}') THEN substr(message, 1, instr(message, '{CARRIED}') - 1)
             WHEN message = '' THEN '' ELSE message || '; ' END
-       || '{CARRIED} ' || id || ' of template ' || template_hash || ', whose rendered source is the same', seed, :compile
+       || '{CARRIED} ' || id || ' of template ' || template_hash || ', whose kernels are the same', seed, :compile
 FROM trial WHERE id = :trial
 """
 
