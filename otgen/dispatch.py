@@ -15,6 +15,7 @@ Every answer but an exact one is said once, with the command that cures it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Dispatcher:
         self._choices: dict[tuple[Any, ...], Choice] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._sources: dict[tuple[str, int | str], list[Source]] = {}
-        self._tuned: dict[tuple[Any, ...], bool] = {}
+        self._us_per_pair: dict[tuple[Any, ...], float] = {}
         self._detected: dict[str, gpus.Gpu] = {}
         self._said: set[str] = set()
         self._pins: dict[tuple[str, Flags], Variant] = {}
@@ -104,7 +105,7 @@ class Dispatcher:
 
     def forget(self) -> None:
         """Read the databases again at the next question."""
-        for memory in (self._choices, self._kernels, self._tuned, self._sources):
+        for memory in (self._choices, self._kernels, self._us_per_pair, self._sources):
             memory.clear()
 
     def choose(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> Choice:
@@ -132,13 +133,18 @@ class Dispatcher:
             kernel = self._kernels[key] = Kernel(choice, prepared(module))
         return kernel
 
-    def is_tuned(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> bool:
-        """Whether `choose` would find more than the family's default; it says nothing of what it finds."""
+    def us_per_pair(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, modes: tuple[str, ...]) -> float:
+        """Microseconds for each pair of points of the row that `choose` would take; infinite for the default, 0 when pinned.
+
+        Measured or predicted, and perhaps of another size, d or GPU of the architecture: for deciding between families, in silence.
+        """
         key = (family, gpu, bucket(n), bucket(m), d, dtype, flags, modes)
-        known = self._tuned.get(key)
+        known = self._us_per_pair.get(key)
         if known is None:
-            explained = self.explain(Problem(family, n, m, d, dtype, flags), gpu, modes)
-            known = self._tuned[key] = explained.choice.cache != "default"
+            choice = self.explain(Problem(family, n, m, d, dtype, flags), gpu, modes).choice
+            row, other = choice.source, math.inf if choice.cache == "default" else 0.0
+            known = other if row is None else row.us / (row.problem.n * row.problem.m * row.problem.batch)
+            self._us_per_pair[key] = known
         return known
 
     def named(self, family: str, gpu: str, n: int, m: int, d: int, dtype: str, flags: Flags, variant: Variant) -> Kernel:
@@ -299,7 +305,7 @@ def cure(problem: Problem, gpu: str) -> str:
 _DISPATCHER = Dispatcher()
 choose = _DISPATCHER.choose
 kernel = _DISPATCHER.kernel
-is_tuned = _DISPATCHER.is_tuned
+us_per_pair = _DISPATCHER.us_per_pair
 named = _DISPATCHER.named
 explain = _DISPATCHER.explain
 current_gpu = _DISPATCHER.current_gpu

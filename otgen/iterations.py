@@ -16,20 +16,27 @@ from otgen import ops
 from otgen.families import loop
 from otgen.ops import Extents, Scalar
 
+STARTED_US = 15.0
+"""Microseconds that Python takes to start a step, at least (benchmarks/launches.py)."""
+
 SCHEDULES = {"alternating": ops.ALTERNATING, "symmetric": ops.SYMMETRIC, "own": ops.OWN}
 
 
 def pays(x: Tensor, y: Tensor, schedule: str, modes: tuple[str, ...]) -> bool:
     """Whether runs for the clouds x (…, n, d) and y (…, m, d) should be single launches: small ones, for which a loop was tuned.
 
-    Not where the caller names the variant of single launches.
+    Steps take what their kernels take, or what Python takes to start them, whichever is longer. No loop where the caller names the
+    variant of single launches.
     """
     if ops.streamed(x) or max(x.shape[-2], y.shape[-2]) > loop.LARGEST:
         return False
     from otgen.override import variant_of
 
-    flags = SCHEDULES[schedule]
-    return variant_of("sinkhorn", flags) is None and ops.is_tuned("loop", x, y, flags, modes)
+    flags, steps = SCHEDULES[schedule], 2 if schedule == "alternating" else 1
+    if variant_of("sinkhorn", flags) is not None:
+        return False
+    alone = steps * max(STARTED_US, ops.known_us("sinkhorn", x, y, flags, modes))
+    return ops.known_us("loop", x, y, flags, modes) / loop.ITERATIONS < alone
 
 
 def sinkhorn_iterations(

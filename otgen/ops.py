@@ -13,6 +13,7 @@ operators of `otgen.library`. Formulas and notation: `otgen.families`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,11 +120,12 @@ def question(family: str, x: Tensor, y: Tensor, flags: Flags) -> tuple[str, str,
     return family, gpu, x.shape[-2], y.shape[-2], x.shape[-1], DTYPES[x.dtype], flags
 
 
-def is_tuned(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ...]) -> bool:
-    """Whether a launch for clouds like these would take more than its family's default."""
+def known_us(family: str, x: Tensor, y: Tensor, flags: Flags, modes: tuple[str, ...]) -> float:
+    """Microseconds of a launch for clouds like these, as tuned or predicted (`otgen.dispatch`); infinite where nothing is known."""
     from otgen import dispatch
 
-    return dispatch.is_tuned(*question(family, x, y, flags), modes)
+    asked = question(family, x, y, flags)
+    return math.prod(x.shape[:-1]) * y.shape[-2] * dispatch.us_per_pair(*asked, modes)
 
 
 def _rounded(batch: int) -> int:
@@ -317,12 +319,9 @@ def apply_plan_both(
     modes: tuple[str, ...] = ("ieee",),
     extents: Extents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(P·values (n, k), Pᵀ·values_t (m, k)) for values (m, k) and values_t (n, k), from one sweep where that is fastest.
-
-    Where no such kernel was tuned, they are two applications, whose kernels were.
-    """
-    flags = (("output", "both"), ("width", values.shape[-1]))
-    if not (streamed(x) or is_tuned("transport", x, y, flags, modes)):
+    """(P·values (n, k), Pᵀ·values_t (m, k)) for values (m, k) and values_t (n, k), from one sweep where that is faster than two."""
+    flags, matrix = ((("output", output), ("width", values.shape[-1])) for output in ("both", "matrix"))
+    if not streamed(x) and not known_us("transport", x, y, flags, modes) < 2.0 * known_us("transport", x, y, matrix, modes):
         applied = apply_plan(x, y, u, v, a, b, values, scale=scale, modes=modes, extents=extents)
         return applied, apply_plan(y, x, v, u, b, a, values_t, scale=scale, modes=modes, extents=extents and extents[::-1])
     out, out_t = values_t.new_empty(values_t.shape), values.new_empty(values.shape)

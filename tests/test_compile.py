@@ -36,7 +36,7 @@ def compile_all(tasks: dict[object, tuple[Problem, Variant, str]]) -> dict[objec
 def tuned(problem: Problem, precision: str, **axes: int | str) -> Variant:
     own = family(problem.family).axes(problem)
     variant = {**family(problem.family).default(problem), **TILE, "BLOCK_K": 64, "precision": precision}
-    variant |= {axis: value for axis, value in axes.items() if axis in own}
+    variant |= {axis: value for axis, value in {"PROGRAMS": 1, **axes}.items() if axis in own}
     if "BLOCK_W" in variant:
         variant["BLOCK_W"] = 64
     return Variant(variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 import subprocess
@@ -70,17 +71,24 @@ def test_an_exact_hit_is_silent_remembered_and_shared_by_its_bucket(path: Path) 
     assert ask(dispatcher, 5000, 3000, 64) is choice
 
 
-def test_whether_more_than_the_default_is_known_is_asked_in_silence(path: Path) -> None:
-    tuned(path, 4096, 4096, 64, measured=5.0)
+def test_what_a_row_takes_for_each_pair_is_asked_in_silence(path: Path) -> None:
+    tuned(path, 4096, 2048, 64, measured=5.0)
+    tuned(path, 64, 64, 64, predicted=3.0)
     dispatcher = Dispatcher([path])
-    flags = TOY.problem(1, 1, 1, width=1).flags
-    assert dispatcher.is_tuned("toy", "a100", 1024, 2048, 64, "fp32", flags, MODES)
-    assert not dispatcher.is_tuned("toy", "h100", 1024, 2048, 64, "fp32", flags, MODES)
+
+    def asked(n: int, m: int, gpu: str = "a100") -> float:
+        return dispatcher.us_per_pair("toy", gpu, n, m, 64, "fp32", TOY.problem(1, 1, 1, width=1).flags, MODES)
+
+    assert asked(1024, 2048) == 5.0 / (4096 * 2048)
+    assert asked(64, 64) == 3.0 / 64**2
+    assert asked(64, 64, "h100") == math.inf
     path.unlink()
-    assert dispatcher.is_tuned("toy", "a100", 1000, 2000, 64, "fp32", flags, MODES)
+    assert asked(1000, 2000) == 5.0 / (4096 * 2048)
     dispatcher.forget()
     path.touch()
-    assert not dispatcher.is_tuned("toy", "a100", 1024, 2048, 64, "fp32", flags, MODES)
+    assert asked(1000, 2000) == math.inf
+    dispatcher.pin("toy", variant=variant(), width=1)
+    assert asked(1000, 2000) == 0.0
 
 
 def test_forget_reads_the_databases_again(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import warnings
 from itertools import product
@@ -36,8 +37,9 @@ WAYS = [
 
 
 def variant_of(problem: Problem, **axes: int | str) -> Variant:
-    """The default in that way, in tiles of 32 × 32."""
-    default = LOOP.default(problem).with_(BLOCK_M=32, BLOCK_N=32, BLOCK_K=tiles.power_of_two(problem.d), num_stages=1)
+    """The default in that way, in tiles of 32 × 32, one program a problem."""
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": tiles.power_of_two(problem.d), "num_stages": 1, "PROGRAMS": 1}
+    default = LOOP.default(problem).with_(**tile)
     return default.with_(**axes)
 
 
@@ -194,23 +196,28 @@ def test_the_model_counts_the_tiles_of_every_iteration_and_its_waits() -> None:
     assert (resident.launches[0].tiles, resident.products) == (2 * loop.ITERATIONS, 0)
 
 
-def test_loops_are_for_small_clouds_for_which_one_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int]] = []
-
-    def is_tuned(family: str, x: torch.Tensor, y: torch.Tensor, flags: ops.Flags, modes: tuple[str, ...]) -> bool:
-        asked.append((family, len(x)))
-        return x.shape[1] == 3
-
-    monkeypatch.setattr(ops, "is_tuned", is_tuned)
-    small, flat, large = torch.rand(4096, 3), torch.rand(4096, 2), torch.rand(4097, 3)
+def test_loops_are_for_small_clouds_whose_steps_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or are started more slowly, by Python."""
+    us = {"loop": 8.0 * loop.ITERATIONS, "sinkhorn": 9.0}
+    monkeypatch.setattr(ops, "known_us", lambda family, *question: us[family])
+    small, large = torch.rand(4096, 3), torch.rand(4097, 3)
+    for per_iteration, step, own, alternating in (
+        (1.1 * iterations.STARTED_US, 9.0, False, True),
+        (1.1 * iterations.STARTED_US, 1.2 * iterations.STARTED_US, True, True),
+        (2.1 * iterations.STARTED_US, 9.0, False, False),
+        (50.0, math.inf, True, True),
+        (math.inf, 9.0, False, False),
+        (math.inf, math.inf, False, False),
+    ):
+        us |= {"loop": per_iteration * loop.ITERATIONS, "sinkhorn": step}
+        assert iterations.pays(small, small, "own", ("ieee",)) == own
+        assert iterations.pays(small, small, "alternating", ("ieee",)) == alternating
+    us |= {"loop": 1.0, "sinkhorn": 1000.0}
     assert iterations.pays(small, small, "own", ("ieee",))
-    assert not iterations.pays(flat, flat, "own", ("ieee",))
-    assert asked == [("loop", 4096)] * 2
     assert not iterations.pays(small, large, "own", ("ieee",))
     assert not iterations.pays(small.double(), small.double(), "own", ("ieee",))
     with override(("sinkhorn", ops.OWN, Variant())):
         assert not iterations.pays(small, small, "own", ("ieee",))
-    assert len(asked) == 2
 
 
 def test_a_resident_tile_refuses_more_points_than_it_has() -> None:

@@ -136,7 +136,7 @@ def test_corners_compile_or_are_refused_for_what_they_need(arch: int | str, ever
     found = {}
     with tempfile.TemporaryDirectory(prefix="otgen-triton-") as cache:
         environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": cache}
-        with Pool(compile=Role(1, limit=120.0, environment=environment)) as pool:
+        with Pool(compile=Role(1, limit=300.0, environment=environment)) as pool:
             for task in islice(corners(GPUS_OF[arch], Random(0)), None if everything else CORNERS):
                 pool.submit("compile", task, built, *task)
             for outcome in pool.outcomes():

@@ -68,7 +68,10 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
 
 
 def default(problem: Problem) -> Variant:
-    return Variant(tiles.default_tile(problem), fusion="streamed", bias="added", PROGRAMS=1)
+    """Of a single problem, programs for every GPU of the table that share it; more of them compile to the same kernel."""
+    tile = tiles.default_tile(problem)
+    most = min(32, _blocks(problem, tile)) if problem.batch == 1 else 1
+    return Variant(tile, fusion="streamed", bias="added", PROGRAMS=max(number for number in PROGRAMS if number <= most))
 
 
 @batches.arguments
@@ -101,9 +104,9 @@ def work(problem: Problem, variant: Variant) -> Work:
     return Work((Sweep(programs * problem.batch, tiles_ * ITERATIONS, (n + m) * problem.batch, barriers=barriers),))
 
 
-def _blocks(problem: Problem, variant: Variant) -> int:
+def _blocks(problem: Problem, variant: Mapping[str, Value]) -> int:
     """Blocks of rows between two waits."""
-    rows, columns = (ceil(size / variant.int("BLOCK_M")) for size in (problem.n, problem.m))
+    rows, columns = (ceil(size / int(variant["BLOCK_M"])) for size in (problem.n, problem.m))
     return rows + columns if problem.flag("schedule") == "symmetric" else rows
 
 
