@@ -32,11 +32,16 @@ def pays(x: Tensor, y: Tensor, schedule: str, modes: tuple[str, ...]) -> bool:
         return False
     from otgen.override import variant_of
 
-    flags, steps = SCHEDULES[schedule], 2 if schedule == "alternating" else 1
+    flags = SCHEDULES[schedule]
     if variant_of("sinkhorn", flags) is not None:
         return False
-    alone = steps * max(STARTED_US, ops.known_us("sinkhorn", x, y, flags, modes))
-    return ops.known_us("loop", x, y, flags, modes) / loop.ITERATIONS < alone
+    looped, alone = per_iteration(schedule, *(ops.known_us(family, x, y, flags, modes) for family in ("loop", "sinkhorn")))
+    return looped < alone
+
+
+def per_iteration(schedule: str, loop_us: float, step_us: float) -> tuple[float, float]:
+    """Microseconds of an iteration in a loop whose launch takes `loop_us`, and by single steps, each of `step_us`."""
+    return loop_us / loop.ITERATIONS, (2 if schedule == "alternating" else 1) * max(STARTED_US, step_us)
 
 
 def sinkhorn_iterations(

@@ -71,7 +71,7 @@ def ranked(winners: Iterable[Winner], target: Problem, gpu: Gpu, modes: tuple[st
             per_pair = winner.us / (winner.problem.n * winner.problem.m)
             keyed.append(((tier, winner.gpu != gpu.slug, far, per_pair, list(MODES).index(winner.precision)), winner, cache))
     for _, winner, cache in sorted(keyed, key=lambda item: item[0]):
-        variant = _adapted(winner, target)
+        variant = _adapted(winner, target, gpu)
         yield Candidate(winner, cache, variant, _refusal(winner, variant, target, gpu, modes))
 
 
@@ -85,17 +85,28 @@ def _tier(winner: Winner, gpu: Gpu, far: float) -> tuple[int, Cache]:
     return 0, "exact"
 
 
-def _adapted(winner: Winner, target: Problem) -> Variant:
+def _adapted(winner: Winner, target: Problem, gpu: Gpu) -> Variant:
     """The row's variant for `target`: numbers beyond the end of their axis are cut to it, and a row block that stayed resident
-    (BLOCK_K ≥ d) stays so where the space allows."""
-    axes = families.family(target.family).axes(target)
+    (BLOCK_K ≥ d) stays so where the space allows. Where it has too many programs, it gets as many as are legal."""
+    kind = families.family(target.family)
+    axes = kind.axes(target)
     cut: dict[str, Value] = {}
     for axis, value in winner.variant.items():
         allowed = [size for size in axes.get(axis, ()) if isinstance(size, int)]
         if isinstance(value, int) and allowed:
             grown = axis == "BLOCK_K" and value >= winner.problem.d
             cut[axis] = min([size for size in allowed if grown and size >= target.d] or [min(value, max(allowed))])
-    return winner.variant.with_(**cut)
+    variant = winner.variant.with_(**cut)
+    if stale(winner) or not kind.fits(target, variant, gpu):
+        return variant
+    fewer = (
+        variant.with_(**{axis: size})
+        for axis in kind.grid_axes
+        if axis in variant
+        for size in sorted((size for size in axes.get(axis, ()) if isinstance(size, int)), reverse=True)
+        if size < variant.int(axis)
+    )
+    return next((other for other in fewer if not kind.fits(target, other, gpu)), variant)
 
 
 def _refusal(winner: Winner, variant: Variant, target: Problem, gpu: Gpu, modes: tuple[str, ...]) -> str:

@@ -347,3 +347,17 @@ def test_tune_show_why_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 0
     assert "answer: predicted" in out
     assert " ".join(f"{axis}={value}" for axis, value in tf32["variant"].items()) in out
+
+
+def test_why_says_of_a_loop_whether_solvers_take_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    us = {"loop": 8.0 * 12.0 / 1024**2, "sinkhorn": 20.0 / 1024**2}
+    monkeypatch.setattr(Dispatcher, "us_per_pair", lambda self, family, *question: us[family])
+    asked = ["why", "loop", "1024x1024x3", "schedule=own", "--gpu", "a100"]
+
+    by_steps = "20 µs by steps and the Python that starts them"
+    code, out, _ = run(*asked, capsys=capsys)
+    assert (code, out.splitlines()[-1]) == (0, f"solvers take it: 12 µs an iteration in the loop, {by_steps}")
+
+    us["loop"] = math.inf
+    _, out, _ = run(*asked, capsys=capsys)
+    assert out.splitlines()[-1] == f"solvers start single steps instead: an unknown time an iteration in the loop, {by_steps}"

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import warnings
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from otgen.iterations import sinkhorn_iterations
 from otgen.losses import SamplesLoss
 from otgen.override import override
 from otgen.problem import Problem, Variant
+from otgen.ranking import ranked
 from otgen.render import load, source
+from otgen.resources import template_hash
 from otgen.solvers import annealing, sinkhorn
+from otgen.store import Winner
 from otgen.verify import call_arguments, failures, interpret, verify
 
 LOOP = family("loop")
@@ -194,6 +198,17 @@ def test_the_model_counts_the_tiles_of_every_iteration_and_its_waits() -> None:
     assert together.tiles == loop.ITERATIONS * 7 * (32 * 22 + 22 * 32) / 54
     resident = LOOP.work(problem_of(30, 20, schedule="alternating", batch=4), variant_of(problem, fusion="resident"))
     assert (resident.launches[0].tiles, resident.products) == (2 * loop.ITERATIONS, 0)
+
+
+@pytest.mark.parametrize(("n", "programs"), [(4096, 128), (1024, 64), (64, 4), (16, 1)])
+def test_a_row_of_more_points_serves_fewer_with_fewer_programs(n: int, programs: int) -> None:
+    tuned = problem_of(4096, 4096, schedule="own")
+    variant = variant_of(tuned, PROGRAMS=128, BLOCK_M=16)
+    row = Winner(tuned, "h100", "ieee", "measured", variant, None, 5.0, None, None, None, template_hash("loop"), 1, Path("own.db"))
+
+    (candidate,) = ranked([row], problem_of(n, n, schedule="own"), GPUS["h100"], ("ieee",))
+
+    assert (candidate.variant, candidate.refused) == (variant.with_(PROGRAMS=programs), "")
 
 
 def test_loops_are_for_small_clouds_whose_steps_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,16 @@ def why(family: str, shape: str, flags: tuple[str, ...], gpu: str, dtype: str, p
     if path:
         with Store.open(path, readonly=True):
             pass
-    explanation = Dispatcher([path] if path else None).explain(problem, slug, modes)
+    dispatcher = Dispatcher([path] if path else None)
+    explanation = dispatcher.explain(problem, slug, modes)
     click.echo(f"{problem} on {slug}, precision {', '.join(modes)}")
     click.echo(f"computes {families.family(problem.family).formula}")
     click.echo(f"looked up as {centre(problem).shape}: n and m rounded to powers of two")
     _print_sources(explanation)
     _print_rows(explanation)
     _print_answer(explanation, problem, slug)
+    if problem.family == "loop":
+        _print_use(dispatcher, problem, slug, modes)
 
 
 def _print_sources(explanation: Explanation) -> None:
@@ -73,3 +76,19 @@ def _print_answer(explanation: Explanation, problem: Problem, gpu: str) -> None:
         click.echo(f"to tune it again: {cure(problem, gpu)}")
     else:
         click.echo(f"to have it tuned, and measured where this GPU is: {cure(problem, gpu)}")
+
+
+def _print_use(dispatcher: Dispatcher, problem: Problem, gpu: str, modes: tuple[str, ...]) -> None:
+    """Whether solvers run their iterations by this loop."""
+    from otgen.iterations import per_iteration
+
+    asked = gpu, problem.n, problem.m, problem.d, problem.dtype, problem.flags, modes
+    pairs = problem.n * problem.m * problem.batch
+    times = (pairs * dispatcher.us_per_pair(name, *asked) for name in ("loop", "sinkhorn"))
+    looped, alone = per_iteration(str(problem.flag("schedule")), *times)
+    use = "solvers take it" if looped < alone else "solvers start single steps instead"
+    click.echo(f"{use}: {_us(looped)} an iteration in the loop, {_us(alone)} by steps and the Python that starts them")
+
+
+def _us(time: float) -> str:
+    return f"{time:.3g} µs" if time < float("inf") else "an unknown time"
