@@ -24,6 +24,7 @@ from otgen.ranking import ranked
 from otgen.render import load, source
 from otgen.resources import template_hash
 from otgen.solvers import annealing, sinkhorn
+from otgen.solvers.steps import Steps
 from otgen.store import Winner
 from otgen.verify import call_arguments, failures, interpret, verify
 
@@ -366,6 +367,26 @@ def test_a_solve_runs_to_its_next_look_in_one_launch(monkeypatch: pytest.MonkeyP
     if not several:
         assert found.n_iters == expected.n_iters or method == "anderson"
         assert found.marginal_error == pytest.approx(expected.marginal_error, rel=0.05) or method == "anderson"
+
+
+@pytest.mark.filterwarnings("ignore::otgen.store.records.TuningWarning")
+def test_an_iteration_of_a_loop_counts_as_the_two_sweeps_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a single step is one sweep."""
+    monkeypatch.setattr(sinkhorn, "interval", lambda x: sinkhorn.GPU_INTERVAL)
+    monkeypatch.setattr(Steps, "sweeps", 1)
+    generator = torch.Generator().manual_seed(3)
+    clouds = torch.rand(20, 2, generator=generator), torch.rand(17, 2, generator=generator)
+    monkeypatch.setattr(iterations, "pays", lambda *question: False)
+    stepped = solve_sample(*clouds, reg=0.05, method="symmetric", tol=1e-3)
+
+    monkeypatch.setattr(iterations, "pays", lambda *question: True)
+    lengths: list[int] = []
+    run = Steps.run
+    monkeypatch.setattr(Steps, "run", lambda self, u, v, eps, *given: (lengths.append(len(eps)), run(self, u, v, eps, *given))[1])
+    looped = solve_sample(*clouds, reg=0.05, method="symmetric", tol=1e-3)
+
+    assert looped.n_iters == stepped.n_iters
+    assert looped.log["passes"] - stepped.log["passes"] == sum(lengths) > 0
 
 
 @pytest.mark.filterwarnings("ignore::otgen.store.records.TuningWarning")

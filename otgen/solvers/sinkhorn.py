@@ -236,12 +236,12 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
     u_half, v_half, _, _ = steps.both(*pair)
     pair = moved(steps.translated(2.0 * u_half - u, 2.0 * v_half - v), pair)
     marginals, n = (torch.zeros_like(u), torch.zeros_like(v)), 0
-    by_runs = steps.balanced and steps.runs("symmetric")
+    by_runs, looped = steps.balanced and steps.runs("symmetric"), np.zeros_like(watch.ended)
     while True:
         if by_runs and not watch.due(n):
             k = watch.ahead(n)
             pair = steps.run(*pair, [steps.eps] * k, "symmetric", 0.5)[:2]
-            n += k
+            n, looped = n + k, looped + k * watch.running
         u_half, v_half, rho, gamma = steps.both(*pair)
         if watch.due(n):
             r, c, error = met(*pair, rho, gamma)
@@ -252,7 +252,7 @@ def symmetric(steps: Steps, u: Tensor, v: Tensor, watch: Watch) -> Outcome:
             steps = watch.working(every)
         pair = moved(steps.translated(u_half, v_half), pair)
         n += 1
-    passes = steps.sweeps * (watch.ended + 3)
+    passes = steps.sweeps * (watch.ended + 3 - looped) + 2 * looped
     steps, (u, v) = begun, pair
     if steps.clouds.extents is not None:
         u_half, v_half, _, _ = steps.both(u, v)
