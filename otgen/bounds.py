@@ -13,7 +13,8 @@ by many bits over a block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from otgen.halving import Blocks
 ROUNDINGS = 64.0
 """Units in the last place of float64 that rounding in a bound, and in the fits under it, adds up to at most."""
 
-PIECE = 1 << 16
-"""Pairs of blocks bounded at once: their intermediate values stay in cache."""
+PIECE, GPU_PIECE = 1 << 16, 1 << 22
+"""Pairs of blocks bounded at once: on a CPU their intermediate values stay in cache, on a GPU they take some 32 MB each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,14 @@ class Ceiling:
     centre: Tensor
     top: Tensor
     size: float
+
+    def pieces(self, columns: int) -> Iterator[tuple[slice, Ceiling]]:
+        """Blocks of rows, a few at a time, and what is above them: as many as are bounded at once against so many `columns`."""
+        step = max(1, (PIECE if self.top.device.type == "cpu" else GPU_PIECE) // columns)
+        for i in range(0, len(self.top), step):
+            piece = slice(i, i + step)
+            some = {name: getattr(self, name)[piece] for name in ("slope", "lowest", "highest", "centre", "top")}
+            yield piece, replace(self, **some)
 
 
 def ceiling(blocks: Blocks, potential: Tensor, scale: float) -> Ceiling:
@@ -65,20 +74,18 @@ def bounds(rows: Ceiling, columns: Ceiling, unit: float) -> Tensor:
     d, size = rows.slope.shape[1], rows.size + columns.size
     slack = ((d + 4) * unit + ROUNDINGS * torch.finfo(torch.float64).eps) * size
     found = (rows.top + slack)[:, None] + columns.top
-    step = max(1, PIECE // len(columns.top))
-    for i in range(0, len(found), step):
-        piece = slice(i, i + step)
+    for piece, some in rows.pieces(len(columns.top)):
         for k in range(d):
-            found[piece] += _separate(_side(rows, k, piece, (-1, 1)), _side(columns, k, slice(None), (1, -1)))
+            found[piece] += _separate(_side(some, k, (-1, 1)), _side(columns, k, (1, -1)))
     return found
 
 
 _Side = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _side(of: Ceiling, k: int, piece: slice, shape: tuple[int, int]) -> _Side:
+def _side(of: Ceiling, k: int, shape: tuple[int, int]) -> _Side:
     """slope, lowest, highest and centre of one coordinate, to be broadcast."""
-    return tuple(values[piece, k].reshape(shape) for values in (of.slope, of.lowest, of.highest, of.centre))  # type: ignore[return-value]
+    return tuple(values[:, k].reshape(shape) for values in (of.slope, of.lowest, of.highest, of.centre))  # type: ignore[return-value]
 
 
 def _separate(rows: _Side, columns: _Side) -> Tensor:

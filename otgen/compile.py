@@ -54,9 +54,12 @@ class Kernel:
 def compile_key(problem: Problem, variant: Variant, target: Gpu) -> str:
     """What decides the machine code besides the toolchain: equal keys compile to equal kernels, whatever n and m.
 
-    Sizes enter only by what Triton specialises on: d, and whether n, m and the output's width are one or divisible by 16.
+    Sizes enter only by what Triton specialises on: d, whether n, m and the output's width are one or divisible by 16, and whether
+    listed blocks of columns are all full.
     """
     kinds = ["one" if size == 1 else "16" if size % 16 == 0 else "any" for size in (problem.n, problem.m)]
+    if problem.listed > 1 and problem.m % problem.listed == 0:
+        kinds.append("full")
     parts = [
         problem.family,
         template_hash(problem.family),

@@ -68,9 +68,12 @@ class Tiles:
         self.visited, self.omitted = 1.0, 0.0
 
     def half_step(
-        self, u: Tensor, v: Tensor, scale: float, step: float, most: float = MOST_VISITED
+        self, u: Tensor, v: Tensor, scale: float, step: float, most: float = MOST_VISITED, modes: tuple[str, ...] = ()
     ) -> tuple[Tensor, Tensor] | None:
-        """What `otgen.chunked.half_step` gives, the update of u (n,) and the row sums; None where lists exceed `most`."""
+        """What `otgen.chunked.half_step` gives, the update of u (n,) and the row sums; None where lists exceed `most`.
+
+        modes  those of a kernel (`otgen.ops`): PyTorch needs none
+        """
         sweep = self._sweep(u, v, scale, most)
         if sweep is None:
             return None
@@ -99,7 +102,7 @@ class Tiles:
             return None
         u, v = self._rows.of(u), self._columns.of(v)
         lists = self._lists
-        if lists is None or lists.scale != scale or not _drift(lists, u, v) <= DRIFT:
+        if lists is None or lists.scale != scale or not drift(lists.u, lists.v, u, v) <= DRIFT:
             self._lists = lists = self._listed(u, v, scale)
         if lists.columns is None or lists.visited > most:
             return None
@@ -114,11 +117,11 @@ class Tiles:
         rows, columns = ceiling(self._rows, u, scale), ceiling(self._columns, v, scale)
         bits = bounds(rows, columns, torch.finfo(u.dtype).eps / 2).add_(self._b.double().sum(1).log2())
         most = bits.clamp_(-FARTHEST, FARTHEST).exp2_()
-        light = _light(most, most.new_full((len(most),), SPARE * self.share))
-        visited = 1.0 - float(light.double().mean())
+        left = light(most, most.new_full((len(most),), SPARE * self.share))
+        visited = 1.0 - float(left.double().mean())
         if visited > MOST_VISITED:
             return Lists(scale, u, v, most[:0], None, 1.0)
-        return Lists(scale, u, v, most.mul_(light), _columns(~light), visited)
+        return Lists(scale, u, v, most.mul_(left), _columns(~left), visited)
 
     def _sums(self, sweep: _Sweep, weighted: Tensor, *, redone: bool) -> Tensor:
         """(row blocks, width, k): Σ_j 2^S_ij W_j for W = `weighted` (column blocks, width, k), whose last column is b.
@@ -142,11 +145,11 @@ class Tiles:
     def _extended(self, sweep: _Sweep, short: Tensor, least: Tensor) -> tuple[tuple[Tensor, ...], Lists]:
         """What the blocks of rows that are `short` must visit too, for sums of at least `least`, and the lists with it."""
         omitted = sweep.lists.omitted
-        light = _light(omitted * sweep.across, SPARE * self.share * least) | ~short[:, None]
-        more = _columns((omitted > 0) & ~light)
+        left = light(omitted * sweep.across, SPARE * self.share * least) | ~short[:, None]
+        more = _columns((omitted > 0) & ~left)
         columns = tuple(torch.cat(pair) if len(pair[1]) else pair[0] for pair in zip(sweep.columns, more))
         visited = sum(len(own) for own in columns) / omitted.numel()
-        return more, replace(sweep.lists, omitted=torch.where(light, omitted, 0.0), columns=columns, visited=visited)
+        return more, replace(sweep.lists, omitted=torch.where(left, omitted, 0.0), columns=columns, visited=visited)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,13 +172,13 @@ class _Sweep:
         return self.up * (omitted @ self.across)[:, None]
 
 
-def _drift(lists: Lists, u: Tensor, v: Tensor) -> float:
-    """How far scores may have moved at most, either way, since the lists were made; a shift from u to v moves none."""
-    (down, up), (back, forth) = torch.aminmax(u - lists.u), torch.aminmax(v - lists.v)
+def drift(old_u: Tensor, old_v: Tensor, u: Tensor, v: Tensor) -> float:
+    """How far scores may have moved at most, either way, since the old potentials; a shift from u to v moves none."""
+    (down, up), (back, forth) = torch.aminmax(u - old_u), torch.aminmax(v - old_v)
     return float(torch.maximum(up + forth, -down - back))
 
 
-def _light(most: Tensor, allowed: Tensor) -> Tensor:
+def light(most: Tensor, allowed: Tensor) -> Tensor:
     """Which tiles of each row (rows, columns) to leave out: those up to a weight with which they add up to `allowed` at most."""
     least, limit = allowed / most.shape[1], allowed
     for _ in range(HALVINGS):

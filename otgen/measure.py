@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import batches, family
+from otgen.families import batches, family, lists
 from otgen.problem import Problem, Spec, Variant
 from otgen.render import load
 from otgen.verify import Accuracy, call_arguments, small, verify
@@ -116,6 +116,8 @@ class Points:
             return value[self.columns if len(value) == COLUMNS or (own and name in SECOND) else self.rows]
 
         given = {name: picked(name, value) if hasattr(value, "shape") else value for name, value in self.base.items()}
+        if self.problem.listed > 1:
+            return given | lists.bands(self.problem)
         return given if self.problem.batch == 1 else batches.repeated(self.problem, given)
 
     def compare(self, variant: Variant, call: Mapping[str, Any]) -> list[Accuracy]:
@@ -140,7 +142,7 @@ class Points:
             index = self.rows if side == ROWS else self.columns
             chosen = torch.linspace(0, len(index) - 1, min(SAMPLE, len(index))).round().long()
             part = replace(self, rows=index[chosen]) if side == ROWS else replace(self, columns=index[chosen])
-            problem, given = replace(self.problem, n=len(part.rows), m=len(part.columns)), part.given()
+            problem, given = replace(self.problem, n=len(part.rows), m=len(part.columns)), {**part.given(), "places": chosen}
             expected = {name: value for name, value in kind.reference(problem, given).items() if sides[name] == side}
             allowed = kind.budget(problem, variant, given, expected)
             for name, value in expected.items():

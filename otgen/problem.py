@@ -36,8 +36,8 @@ Value = int | str
 class Problem:
     """What one launch computes: a family, the sizes of the clouds, the storage type of the coordinates, and the family's flags.
 
-    The flag ``batch`` is how many problems a launch solves, side by side: n and m are then the sizes of the largest. It is left
-    out of `flags` when it is 1.
+    The flag ``batch`` is how many problems a launch solves, side by side: n and m are then the sizes of the largest; ``listed`` is
+    how many points share a list of columns (`otgen.families.lists`). They are left out of `flags` when they are 1.
     """
 
     family: str
@@ -55,7 +55,7 @@ class Problem:
             )
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "flags", tuple(sorted(flag for flag in self.flags if flag != ("batch", 1))))
+        object.__setattr__(self, "flags", tuple(sorted(flag for flag in self.flags if flag not in (("batch", 1), ("listed", 1)))))
 
     @property
     def shape(self) -> str:
@@ -67,6 +67,10 @@ class Problem:
     @property
     def batch(self) -> int:
         return int(dict(self.flags).get("batch", 1))
+
+    @property
+    def listed(self) -> int:
+        return int(dict(self.flags).get("listed", 1))
 
     @property
     def own(self) -> bool:
@@ -251,14 +255,12 @@ class Family:
                 raise unknown(f"flag of {self.name}", name, self.flags)
         complete: dict[str, Value] = {}
         for name, allowed in self.flags.items():
+            value = flags.get(name, allowed[0] if isinstance(allowed, tuple) else 1)
             if isinstance(allowed, tuple):
-                value = flags.get(name, allowed[0])
                 if value not in allowed:
                     raise unknown(f"value of {self.name}'s flag {name}", str(value), allowed)
-            else:
-                value = flags.get(name, 1)
-                if not isinstance(value, int) or value < 1:
-                    raise UsageError(f"expected a positive integer for {self.name}'s flag {name}; got {value!r}")
+            elif not isinstance(value, int) or value < 1:
+                raise UsageError(f"expected a positive integer for {self.name}'s flag {name}; got {value!r}")
             complete[name] = value
         return Problem(self.name, n, m, d, dtype, tuple(complete.items()))
 

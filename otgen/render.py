@@ -64,6 +64,7 @@ def source(problem: Problem, variant: Variant) -> str:
         dict(problem.flags) | dict(variant),
         resident=is_resident(problem, variant),
         batched=problem.batch > 1,
+        listed=problem.listed,
         packed=packed.constants(problem, variant),
         descriptor_unit=DESCRIPTOR_UNIT,
         stored_precision=packed.stored_precision(variant),
@@ -109,7 +110,7 @@ def _digest(text: str) -> str:
 
 def file_name(problem: Problem, variant: Variant, text: str) -> str:
     """``sinkhorn_symmetric_one_sweep_added_shifted_tf32_m128_n64_k64_w4_s2_<digest>.py``: readable, and unique to the body."""
-    words = ["batch"] if problem.batch > 1 else []
+    words = ["batch"] * (problem.batch > 1) + [f"listed{problem.listed}"] * (problem.listed > 1)
     words += [str(value) for _, value in problem.flags if isinstance(value, str)]
     words += [str(variant[axis]) for axis in ("fusion", "bias", "operands", "stabiliser", "precision") if axis in variant]
     short = {"BLOCK_M": "m", "BLOCK_N": "n", "BLOCK_K": "k", "BLOCK_W": "v", "SPLITS": "p", "num_warps": "w", "num_stages": "s"}

@@ -11,7 +11,8 @@ from otgen.problem import Problem, Value
 def combinations(name: str, n: int, m: int, d: int, dtype: str, flags: Mapping[str, Value]) -> list[Problem]:
     """The problems of the family called `name` in its standard combinations of flags, those in `flags` set besides.
 
-    Of combinations that differ in a flag given, those that have the value stay, and the others go; where none has it, all take it.
+    Of combinations that differ in a flag given, those that have the value stay, and the others go; where none has it, all take it,
+    but that lists are one problem's, and no batch's.
     Raises UsageError for a flag or a value that the family does not have.
     """
     kind = family(name)
@@ -19,7 +20,7 @@ def combinations(name: str, n: int, m: int, d: int, dtype: str, flags: Mapping[s
     for flag, value in flags.items():
         kept = [problem for problem in chosen if (flag, value) in problem.flags]
         chosen = kept or [kind.problem(n, m, d, dtype, **{**dict(problem.flags), flag: value}) for problem in chosen]
-    return list(dict.fromkeys(chosen))
+    return list(dict.fromkeys(problem for problem in chosen if problem.batch == 1 or problem.listed == 1))
 
 
 def flag_words(problem: Problem) -> list[str]:

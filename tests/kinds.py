@@ -9,8 +9,8 @@ from otgen.problem import Family, Problem, Variant
 
 
 def standard(kind: Family, n: int, m: int, d: int, dtype: str = "fp32", **more: int | str) -> list[Problem]:
-    """A problem of each standard combination of flags; a measure's transport to itself is one of n × n."""
-    combinations = [{**flags, **more} for flags in kind.standard(n, n, d)]
+    """A problem of each standard combination of flags; a measure's transport to itself is one of n × n, lists no batch's."""
+    combinations = [{**flags, **more} for flags in kind.standard(n, n, d) if "listed" not in flags or more.get("batch", 1) == 1]
     return [kind.problem(n, n if flags.get("schedule") == "own" else m, d, dtype, **flags) for flags in combinations]
 
 

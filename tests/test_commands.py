@@ -119,7 +119,7 @@ def test_every_command_of_the_readme_exists() -> None:
         (["tune", "--gpu", "a100", "--shape", "99999999999999999999x4x3"], 2, "expected sizes n, m from 1 to 2147483647"),
         (["why", "sinkhorn", "8x8x8", "--gpu", "a100", "--db", "/nowhere/tuning.db"], 1, "/nowhere/tuning.db"),
         (["render", "sinkhorn", "--shape", "8x8x8", "--out", "/dev/null/kernel.py"], 1, "/dev/null"),
-        (["space", "sinkhorn", "fusion=one_sweep"], 2, "unknown flag of sinkhorn 'fusion'; known: batch, schedule"),
+        (["space", "sinkhorn", "fusion=one_sweep"], 2, "unknown flag of sinkhorn 'fusion'; known: batch, listed, schedule"),
         (["fly"], 2, "No such command 'fly'"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_flag_chooses_the_problems(tmp_path: Path, capsys: pytest.CaptureFixtu
         str(tmp_path / "t.db"),
     ]
     _, out, _ = run(*words, capsys=capsys)
-    assert "4 problems for a100" in out
+    assert "5 problems for a100" in out
     _, out, _ = run(*words, "--flag", "schedule=symmetric", capsys=capsys)
     assert "1 problems for a100" in out
     assert "sinkhorn[schedule=symmetric]" in out

@@ -172,6 +172,37 @@ def clouds(n: int, m: int, d: int, dtype: torch.dtype = torch.float64) -> list[t
     return [tensor.to(dtype) for tensor in (x, y + 0.2, a / a.sum(), b / b.sum())]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", ["added", "mma", "wgmma"])
+def test_half_steps_over_listed_columns_agree_with_float64(bias: str, mode: str) -> None:
+    problem = family("sinkhorn").problem(1000, 900, 3, listed=128)
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "precision": mode, "bias": bias}
+    for stages in (1, 2, 3):
+        variant = family("sinkhorn").default(problem).with_(**tile, num_stages=stages)
+        if misfit := family("sinkhorn").fits(problem, variant, detect()):
+            pytest.skip(misfit)
+        assert not list(failures(verify(problem, variant, load(problem, variant).launch, "cuda"))), variant
+
+
+def test_half_steps_over_listed_columns_are_measured() -> None:
+    problem = family("sinkhorn").problem(16385, 8195, 3, listed=128)
+    checks, timing = measure(problem, family("sinkhorn").default(problem).with_(BLOCK_M=128, BLOCK_N=64, precision="tf32x3"))
+    assert not list(failures(checks))
+    assert timing is not None
+
+
+@pytest.mark.parametrize("method", ["anderson", "symmetric"])
+@pytest.mark.filterwarnings("ignore::otgen.errors.ConvergenceWarning")
+def test_a_solve_with_lists_gives_what_all_tiles_do(method: str) -> None:
+    x, y, a, b = (tensor.cuda() for tensor in clouds(20000, 15000, 3, torch.float32))
+    asked = {"reg": 1e-3, "precision": "fp32", "method": method, "max_iter": 40, "tol": 1e-4}
+    found, expected = (otgen.solve_sample(x, y, a, b, **asked, tiles=tiles) for tiles in ("listed", "all"))
+    assert found.visited < 0.5
+    assert 0.0 < found.omitted_mass <= 1.01e-7
+    torch.testing.assert_close(found.potential_a, expected.potential_a, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.marginal_a, expected.marginal_a, rtol=1e-2, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", ["alternating", "symmetric"])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 3e-4), (torch.float64, 1e-9)])
 def test_the_gpu_solves_what_the_cpu_solves(method: str, dtype: torch.dtype, near: float) -> None:

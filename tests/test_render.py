@@ -23,13 +23,15 @@ GOLDEN = Path(__file__).parent / "golden"
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "precision": "tf32", "stabiliser": "shifted"}
 
 
-def case(name: str, axes: dict[str, int | str], **flags: int | str) -> tuple[Problem, Variant]:
-    return family(name).problem(4096, 4096, 64, **flags), Variant(TILE, **axes)
+def case(name: str, axes: dict[str, int | str], d: int = 64, **flags: int | str) -> tuple[Problem, Variant]:
+    return family(name).problem(4096, 4096, d, **flags), Variant(TILE, **axes)
 
 
 PACKED: dict[str, int | str] = {"fusion": "split_step", "SPLITS": 4, "bias": "wgmma", "operands": "packed", "precision": "fp16"}
 
 KEPT: dict[str, int | str] = {"fusion": "half_step", "bias": "mma", "eviction": "last", "num_stages": 1}
+
+LISTED: dict[str, int | str] = {"fusion": "half_step", "BLOCK_K": 16}
 
 LOOPED: dict[str, int | str] = {"fusion": "streamed", "bias": "added", "PROGRAMS": 1}
 
@@ -53,6 +55,8 @@ CASES = {
     "sinkhorn_alternating_packed": case("sinkhorn", PACKED, schedule="alternating"),
     "sinkhorn_one_sweep_wgmma": case("sinkhorn", {"fusion": "one_sweep", "SPLITS": 4, "bias": "wgmma"}, schedule="symmetric"),
     "sinkhorn_batch": case("sinkhorn", {"fusion": "half_step"}, schedule="alternating", batch=64),
+    "sinkhorn_listed": case("sinkhorn", LISTED, 3, schedule="alternating", listed=128),
+    "sinkhorn_listed_wgmma": case("sinkhorn", LISTED | {"bias": "wgmma"}, 3, schedule="alternating", listed=128),
     "transport_vector": case("transport", {}, output="vector"),
     "transport_matrix": case("transport", {"BLOCK_W": 32}, output="matrix", width=100),
     "transport_gradient": case("transport", {"BLOCK_W": 64}, output="gradient"),
@@ -83,7 +87,7 @@ def test_golden(name: str) -> None:
 
 def test_goldens_cover_every_family_fusion_and_bias_and_nothing_else() -> None:
     assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
-    problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values() if problem.batch == 1}
+    problems = {(problem.family, problem.flags[0][1]) for problem, _ in CASES.values() if problem.batch == problem.listed == 1}
     combinations = [(kind.name, flags) for kind in FAMILIES.values() for flags in kind.standard(4096, 4096, 64)]
     assert problems == {(name, next(iter(flags.values()))) for name, flags in combinations}
     for schedule in ("symmetric", "own", "debiased"):

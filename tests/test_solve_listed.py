@@ -141,9 +141,3 @@ def test_lists_that_cannot_be_had_are_refused(change, said):
     arguments = {"X_a": torch.rand(5, 2), "X_b": torch.rand(6, 2), "reg": 0.1, "tiles": "listed"} | change
     with pytest.raises((InputError, UsageError), match=said):
         otgen.solve_sample(**arguments)
-
-
-def test_kernels_visit_all_tiles(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(InputError, match="kernels visit all tiles"):
-        otgen.solve_sample(torch.rand(5, 2), torch.rand(6, 2), reg=0.1, tiles="listed")

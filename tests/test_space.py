@@ -22,7 +22,7 @@ from sampling import Chosen, ends, nearest, pair, values, walk
 
 from otgen.compile import compile_key, inspect_variants
 from otgen.errors import CompileError
-from otgen.families import FAMILIES, family, loop
+from otgen.families import FAMILIES, batches, family, loop
 from otgen.gpus import GPUS, Gpu, gpu
 from otgen.offline import launches_of
 from otgen.pool import Outcome, Pool, Role
@@ -41,7 +41,16 @@ PAIRS = 16
 """Pairs of values in the sample of each kind of launch, before legality; of everything, thirty times as many."""
 
 LARGE = 4096
-SETTINGS = [(1, "fp32", 1), (3, "fp32", 3), (17, "fp16", 1), (31, "fp32", 1), (64, "bf16", 3), (65, "fp32", 1), (129, "fp32", 1)]
+SETTINGS = [
+    (1, "fp32", 1),
+    (3, "fp32", 3),
+    (8, "bf16", 1),
+    (17, "fp16", 1),
+    (31, "fp32", 1),
+    (64, "bf16", 3),
+    (65, "fp32", 1),
+    (129, "fp32", 1),
+]
 """Dimension, storage and batch of the problems that values are tried on. The second of three in a batch rests."""
 
 SOME_GPUS = [GPUS["h100"], GPUS["a100"]]
@@ -59,8 +68,11 @@ def problems(d: int, dtype: str, batch: int) -> list[Problem]:
     ]
 
 
-KINDS = {f"{alike[0].family}-{alike[0].flag_text}": alike for alike in zip(*(problems(*setting) for setting in SETTINGS))}
-"""Kind of launch → a problem of it in each setting."""
+KINDS: dict[str, list[Problem]] = {}
+"""Kind of launch → a problem of it in each setting where it is one."""
+
+for _problem in (one for setting in SETTINGS for one in problems(*setting)):
+    KINDS.setdefault(f"{_problem.family}-{batches.one_of(_problem).flag_text}", []).append(_problem)
 
 
 ELSEWHERE = {("fusion", "resident"), *(("PROGRAMS", number) for number in loop.PROGRAMS if number > GPUS["h100"].sms)}

@@ -52,7 +52,14 @@ def test_the_standard_set_does_without() -> None:
     assert flags(combinations("transport", *SHAPE, "fp32", {"output": "matrix", "width": 48})) == [
         {"output": "matrix", "width": 48}
     ]
-    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == (4 + 2) * 20
+    assert len(standard_problems(["sinkhorn", "hvp"], None, ["fp32"])) == (4 + 2) * 20 + 4  # lists, in three dimensions
+
+
+def test_lists_are_no_batch() -> None:
+    alone, together = (combinations("sinkhorn", 256, 256, 3, "fp32", {"batch": batch}) for batch in (1, 64))
+    assert [problem.listed for problem in alone if problem.listed > 1] == [128]
+    assert len(together) == len(alone) - 1
+    assert {problem.listed for problem in together} == {1}
 
 
 @pytest.mark.usefixtures("batched")

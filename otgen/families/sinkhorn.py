@@ -6,6 +6,7 @@ plan P_ij = a_i b_j 2^S_ij. An update is damped for a relaxed marginal and avera
     u ← (1 − step)·u + step·(damping·u* − (1 − damping)·scale/2·|x|²)
 
 A *batch* of problems side by side is the same update of each, with a scale and a damping of its own (`otgen.families.batches`).
+*Listed* rows visit only the blocks of columns in a list (`otgen.families.lists`).
 
 Schedules: *alternating* updates one side (Gauss–Seidel; OTT-JAX, POT), *symmetric* both from the old pair (Jacobi; GeomLoss), *own*
 the one potential of a measure's transport to itself, whose scores are symmetric: half of them give all sums. *debiased* is a
@@ -20,7 +21,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from otgen.families import batches, packed, splits, tiles
+from otgen.families import batches, lists, packed, splits, tiles
 from otgen.precision import MODES
 from otgen.problem import BYTES, Argument, Family, Problem, Spec, Sweep, Value, Variant, Work
 
@@ -62,7 +63,8 @@ SWEPT = ("split_step", "one_sweep", "half_sweep", "three_sweeps")
 
 
 def axes(problem: Problem) -> dict[str, tuple[Value, ...]]:
-    return {**tiles.tile_axes(problem), **STRUCTURE, "fusion": FUSIONS[str(problem.flag("schedule"))]}
+    fusions = ("half_step",) if problem.listed > 1 else FUSIONS[str(problem.flag("schedule"))]
+    return {**tiles.tile_axes(problem), **STRUCTURE, "fusion": fusions}
 
 
 def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
@@ -92,7 +94,8 @@ def fits(problem: Problem, variant: Variant, gpu: Gpu) -> str:
         if variant["fusion"] == "three_sweeps":
             return "four potentials would have to be packed with two clouds"
     return (
-        packed.packed_misfit(problem, variant, gpu)
+        lists.misfit(problem, variant)
+        or packed.packed_misfit(problem, variant, gpu)
         or tiles.tile_misfit(problem, variant, gpu)
         or tiles.bias_misfit(problem, variant, gpu)
         or tiles.exp2_misfit(variant, gpu)
@@ -113,12 +116,15 @@ def scratch_bytes(problem: Problem, variant: Variant) -> int:
 
 def default(problem: Problem) -> Variant:
     tile = tiles.default_tile(problem)
-    if problem.flag("schedule") == "debiased":
+    if problem.flag("schedule") == "debiased" or problem.listed > 1:
         tile["stabiliser"] = "shifted"
+    if problem.listed > 1:
+        tile |= {"BLOCK_M": min(64, problem.listed)}
     return Variant(tile, **{axis: values[0] for axis, values in axes(problem).items() if axis not in tile})
 
 
 @batches.arguments
+@lists.arguments
 def arguments(problem: Problem) -> dict[str, Argument]:
     n, m = problem.n, problem.m
     x, y, row, column = tiles.points(n, problem), tiles.points(m, problem), Spec((n,)), Spec((m,))
@@ -150,7 +156,7 @@ def _work(problem: Problem, variant: Variant) -> Work:
     n, m, batch, fusion = problem.n, problem.m, problem.batch, variant["fusion"]
     rows, columns = (tiles.sweep(*sizes, variant, batch=batch) for sizes in ((n, m), (m, n)))
     if fusion == "half_step":
-        return Work((rows,))
+        return Work((lists.sweep(problem, rows),))
     if fusion == "two_launches":
         return Work((rows, columns))
     if fusion == "one_launch":
@@ -199,7 +205,8 @@ def inputs(problem: Problem, seed: int) -> dict[str, Any]:
     given["u"][0] -= 100.0
     given |= {"x_sq": x_sq, "y_sq": y_sq}
     if problem.flag("schedule") == "alternating":
-        return given | {"damping": 0.9, "step": 0.75}
+        given |= {"damping": 0.9, "step": 0.75}
+        return lists.inputs(problem, given, seed) if problem.listed > 1 else given
     given |= {"damping_a": 0.9, "damping_b": 0.8, "step": 0.5}
     if problem.flag("schedule") == "symmetric":
         return given
@@ -226,26 +233,32 @@ def reference(problem: Problem, given: Mapping[str, Any]) -> dict[str, Any]:
     step, scale, schedule = given["step"], given["scale"], problem.flag("schedule")
     s = tiles.scores(given)
     if schedule not in ("symmetric", "debiased"):
-        u_out, rho = _update(s, given["u"], given["b"], given["x_sq"], scale, given["damping"], step)
+        log_rho = lists.log_sums(problem, given) if problem.listed > 1 else _log_sums(s, given["b"])
+        u_out, rho = _update(log_rho, given["u"], given["x_sq"], scale, given["damping"], step)
         return {"u_out": u_out, "rho": rho}
     damping_a, damping_b = given["damping_a"], given["damping_b"]
-    u_out, rho = _update(s, given["u"], given["b"], given["x_sq"], scale, damping_a, step)
-    v_out, gamma = _update(s.T, given["v"], given["a"], given["y_sq"], scale, damping_b, step)
+    u_out, rho = _update(_log_sums(s, given["b"]), given["u"], given["x_sq"], scale, damping_a, step)
+    v_out, gamma = _update(_log_sums(s.T, given["a"]), given["v"], given["y_sq"], scale, damping_b, step)
     found = {"u_out": u_out, "v_out": v_out, "rho": rho, "gamma": gamma}
     if schedule == "debiased":
         for own, x, a, x_sq, damping in (("p", "x", "a", "x_sq", damping_a), ("q", "y", "b", "y_sq", damping_b)):
             s = tiles.scores({"u": given[own], "v": given[f"{own}_again"], "x": given[x], "y": given[f"{x}_again"], "scale": scale})
-            out, sums = _update(s, given[own], given[f"{a}_again"], given[x_sq], scale, damping, step)
+            out, sums = _update(_log_sums(s, given[f"{a}_again"]), given[own], given[x_sq], scale, damping, step)
             found |= {f"{own}_out": out, f"rho_{own}": sums}
     return found
 
 
+def _log_sums(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.logsumexp(s * tiles.LN2 + b.log(), 1) / tiles.LN2
+
+
 def _update(
-    s: torch.Tensor, u: torch.Tensor, b: torch.Tensor, x_sq: torch.Tensor, scale: float, damping: float, step: float
+    log_rho: torch.Tensor, u: torch.Tensor, x_sq: torch.Tensor, scale: float, damping: float, step: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    log_rho = torch.logsumexp(s * tiles.LN2 + b.log(), 1) / tiles.LN2
     target = damping * (u - log_rho) - (1.0 - damping) * scale / 2 * x_sq
     return (1.0 - step) * u + step * target, torch.exp2(log_rho)
 
@@ -263,13 +276,13 @@ def budget(problem: Problem, variant: Variant, given: Mapping[str, Any], expecte
 
 def standard(n: int, m: int, d: int) -> tuple[Mapping[str, Value], ...]:
     own: tuple[Mapping[str, Value], ...] = ({"schedule": "own"},) if n == m else ()
-    return {"schedule": "alternating"}, {"schedule": "symmetric"}, *own, {"schedule": "debiased"}
+    return {"schedule": "alternating"}, {"schedule": "symmetric"}, *own, {"schedule": "debiased"}, *lists.standard(d)
 
 
 FAMILY = Family(
     name="sinkhorn",
     formula="u* = u − log2 Σ_j b_j 2^(u_i + v_j + scale·<x_i, y_j>)",
-    flags={"schedule": tuple(FUSIONS), "batch": int},
+    flags={"schedule": tuple(FUSIONS), "batch": int, "listed": int},
     axes=axes,
     fits=fits,
     default=default,

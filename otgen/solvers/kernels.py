@@ -46,7 +46,7 @@ class Kernels:
         from otgen.ranking import centre
         from otgen.store import default_path
 
-        for family, x, y, flags in _launches(method, steps.clouds, annealed):
+        for family, x, y, flags in _launches(method, steps, annealed):
             if self.named is not None and self.named[:2] == (family, flags):
                 continue
             _, gpu, n, m, d, dtype, complete = ops.question(family, x, y, flags)
@@ -103,9 +103,10 @@ def kernels_of(
     return Kernels(tune, (kind.name, flags, chosen)), modes(mode)
 
 
-def _launches(method: str, clouds: Clouds, annealed: bool) -> Iterator[tuple[str, Tensor, Tensor, Flags]]:
+def _launches(method: str, steps: Steps, annealed: bool) -> Iterator[tuple[str, Tensor, Tensor, Flags]]:
     """family, x, y and flags of all that a loop launches."""
-    x, y = clouds.x, clouds.y
+    x, y = steps.clouds.x, steps.clouds.y
+    yield from (("sinkhorn", *sides, flags) for flags in steps.listed for sides in ((x, y), (y, x)))
     if method == "own":
         yield "sinkhorn", x, x, ops.OWN
         return

@@ -1,33 +1,35 @@
-"""Steps whose sweeps leave out the tiles that hold next to nothing (`otgen.listed`): few dimensions, many points, on a CPU.
+"""Steps whose sweeps leave out the tiles that hold next to nothing: few dimensions, many points.
 
-Both clouds are sorted into blocks once; points, potentials and sums keep the caller's order everywhere else. Half steps, both at
-once, those of a measure with itself, and products with the plan are served; a step whose tiles mostly matter, early in a descent of
-eps, visits all of them.
+Both clouds are sorted into blocks once; points, potentials and sums keep the caller's order everywhere else. On a CPU
+(`otgen.listed`) half steps, both at once, those of a measure with itself, and products with the plan are served; on a GPU
+(`otgen.launched`) all but the products. A step whose tiles mostly matter, early in a descent of eps, visits all of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from otgen import ops
+from otgen import listed_step, ops
 from otgen.errors import InputError, unknown
-from otgen.halving import halved
-from otgen.listed import Tiles
+from otgen.families import lists
+from otgen.halving import filled, halved
+from otgen.launched import MOST_PAIRS, LaunchedTiles
+from otgen.listed import MOST_VISITED, Tiles
+from otgen.ops import Flags
 from otgen.solvers.inputs import Clouds
 from otgen.solvers.steps import Steps, scale
 
 TILES = ("auto", "all", "listed")
 
-DIMENSIONS = 8
-"""Beyond these, boxes around neighbours are as wide as the cloud, and bounds say nothing."""
-
 WIDTH = 64
-"""Points in a block, at most: smaller blocks let fewer pairs through, larger ones cost less each (benchmarks/skipping.py)."""
+"""Points in a block, at most, on a CPU: smaller blocks let fewer pairs through, larger ones cost less each
+(benchmarks/skipping.py). On a GPU `otgen.families.lists.WIDTH`."""
 
 LEAST_PAIRS = 1 << 25
 """Smaller problems keep their matrix (`otgen.solvers.kept`), or are swept as soon as lists are made."""
@@ -46,21 +48,22 @@ MOST_OMITTED = 1e-7
 class Tiling:
     """The tiles of a problem and its transpose, and those of each side with itself."""
 
-    ahead: Tiles
-    back: Tiles
-    alone: Tiles
-    other: Tiles
+    ahead: Tiles | LaunchedTiles
+    back: Tiles | LaunchedTiles
+    alone: Tiles | LaunchedTiles
+    other: Tiles | LaunchedTiles
 
     @classmethod
     def of(cls, clouds: Clouds, share: float, coarse: float) -> Tiling:
-        sides = []
+        streamed, sides = ops.streamed(clouds.x), []
         for points, weights in ((clouds.x, clouds.a), (clouds.y, clouds.b)):
-            rows, weighted = halved(points, WIDTH), weights > 0
-            columns = rows if bool(weighted.all()) else halved(points, WIDTH, weighted.nonzero()[:, 0])
+            cut = partial(halved, points, WIDTH) if streamed else partial(filled, points, lists.WIDTH)
+            rows, weighted = cut(), weights > 0
+            columns = rows if bool(weighted.all()) else cut(weighted.nonzero()[:, 0])
             sides.append((rows, columns, weights))
         (x, x_columns, a), (y, y_columns, b) = sides
         pairs = (x, y_columns, a, b), (y, x_columns, b, a), (x, x_columns, a, a), (y, y_columns, b, b)
-        return cls(*(Tiles(*pair, share, coarse) for pair in pairs))
+        return cls(*((Tiles if streamed else LaunchedTiles)(*pair, share, coarse) for pair in pairs))
 
     @property
     def swapped(self) -> Tiling:
@@ -91,19 +94,24 @@ class ListedSteps(Steps):
 
     @property
     def sweeps(self) -> int:
-        return 1 if self.tiling.ahead.visited == 1.0 else 2
+        return super().sweeps if self.tiling.ahead.visited == 1.0 else 2
+
+    def runs(self, schedule: str) -> bool:
+        """No: launches of many iterations visit all tiles."""
+        return False
 
     def half(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
-        found = self.tiling.ahead.half_step(u, v, self._scale, step)
+        found = self.tiling.ahead.half_step(u, v, self._scale, step, MOST_VISITED, self.modes)
         return super().half(u, v, step) if found is None else found
 
     def own(self, u: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor]:
-        found = self.tiling.alone.half_step(u, u, self._scale, step, HALF_VISITED)
+        found = self.tiling.alone.half_step(u, u, self._scale, step, HALF_VISITED, self.modes)
         return super().own(u, step) if found is None else (self.relaxed(found[0], u, step), found[1])
 
     def both(self, u: Tensor, v: Tensor, step: float = 0.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = self.tiling.ahead.half_step(u, v, self._scale, step, HALF_VISITED)
-        columns = None if rows is None else self.tiling.back.half_step(v, u, self._scale, step, HALF_VISITED)
+        most = HALF_VISITED, self.modes
+        rows = self.tiling.ahead.half_step(u, v, self._scale, step, *most)
+        columns = None if rows is None else self.tiling.back.half_step(v, u, self._scale, step, *most)
         if rows is None or columns is None:
             self.tiling.ahead.pass_over()
             self.tiling.back.pass_over()
@@ -134,7 +142,18 @@ class ListedSteps(Steps):
         return float(scale(self.eps))
 
     def _with(self, steps: Steps, tiling: Tiling) -> ListedSteps:
-        return ListedSteps(**{own.name: getattr(steps, own.name) for own in fields(Steps)}, tiling=tiling)
+        return type(self)(**{own.name: getattr(steps, own.name) for own in fields(Steps)}, tiling=tiling)
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchedSteps(ListedSteps):
+    """Steps by kernels, of which those that apply the plan, and the one of a debiased step, visit all tiles."""
+
+    times, times_both, gradient, debiased = Steps.times, Steps.times_both, Steps.gradient, Steps.debiased
+
+    @property
+    def listed(self) -> tuple[Flags, ...]:
+        return (listed_step.flags_of(lists.WIDTH),)
 
 
 def weighted(a: Tensor, sums: Tensor) -> Tensor:
@@ -156,22 +175,32 @@ def listed(steps: Steps, tol: float, tiles: Any = "auto") -> Steps:
     missing = _missing(clouds)
     if tiles == "listed" and missing:
         raise InputError(f"expected {missing[0]} for tiles='listed'; got {missing[1]}; type tiles='auto'")
-    if tiles == "all" or missing or (tiles == "auto" and len(clouds.x) * len(clouds.y) < LEAST_PAIRS):
+    if tiles == "all" or missing or (tiles == "auto" and not _pays(steps)):
         return steps
     share = min(MOST_OMITTED, max(tol / 100, torch.finfo(clouds.x.dtype).eps))
     given = {own.name: getattr(steps, own.name) for own in fields(Steps)}
     coarse = 0.0 if tiles == "listed" else LEAST_SPREAD / max(clouds.reach, 1e-30) ** 2
-    return ListedSteps(**given, tiling=Tiling.of(clouds, share, coarse))
+    kind = ListedSteps if ops.streamed(clouds.x) else LaunchedSteps
+    return kind(**given, tiling=Tiling.of(clouds, share, coarse))
+
+
+def _pays(steps: Steps) -> bool:
+    """Whether there are enough pairs, and on a GPU a tuned kernel."""
+    x, y = steps.clouds.x, steps.clouds.y
+    return len(x) * len(y) >= LEAST_PAIRS and (ops.streamed(x) or listed_step.pays(x, y, steps.modes))
 
 
 def _missing(clouds: Clouds) -> tuple[str, str] | None:
     """What lists would need of the clouds, and what came instead."""
-    if clouds.x.device.type != "cpu" or not ops.streamed(clouds.x):
-        return "points on a CPU", f"{clouds.x.device}, where kernels visit all tiles"
+    if clouds.x.device.type != "cpu" and ops.streamed(clouds.x):
+        return "points on a CPU, or in float32", f"float64 on {clouds.x.device}, where PyTorch visits all tiles"
     if clouds.extents is not None:
         return "one problem", f"a batch of {len(clouds.x)}"
     if clouds.features is not None:
         return "points without labels", "label costs"
-    if clouds.dimension > DIMENSIONS:
-        return f"points in at most {DIMENSIONS} dimensions", str(clouds.dimension)
+    if clouds.dimension > lists.DIMENSIONS:
+        return f"points in at most {lists.DIMENSIONS} dimensions", str(clouds.dimension)
+    pairs = math.prod(-(-len(side) // lists.WIDTH) for side in (clouds.x, clouds.y))
+    if not ops.streamed(clouds.x) and pairs > MOST_PAIRS:
+        return f"at most {MOST_PAIRS} pairs of blocks of {lists.WIDTH} points", str(pairs)
     return None

@@ -96,10 +96,10 @@ def solve_sample(
                      tuned on this GPU, unless it was before: minutes each, kept in the user's database (`otgen.store`), and in a
                      script only below ``if __name__ == "__main__":``, since compilers are other processes;  "off": a kernel that
                      would take the default variant is refused. No effect where PyTorch computes: on a CPU, or in float64
-    tiles            "auto": sweeps over many points in at most 8 dimensions, on a CPU, leave out tiles of pairs that together hold
-                     no more than tol/100 of any row, nor than 1e-7 (`otgen.listed`); `visited` and `omitted_mass` of the result
-                     say how many, and how much;  "all": none are left out;  "listed": lists are tried however few the points,
-                     and refused where they cannot be had
+    tiles            "auto": sweeps over many points in at most 8 dimensions, on a CPU, or where kernels were tuned for it, leave
+                     out tiles of pairs that together hold no more than tol/100 of any row, nor than 1e-7 (`otgen.listed`);
+                     `visited` and `omitted_mass` of the result say how many, and how much;  "all": none are left out;  "listed":
+                     lists are tried however few the points, and refused where they cannot be had
     callback         called with the updates done and the marginal error, whenever the error is looked at
     verbose          print a line then, and the result at the end
 
@@ -124,6 +124,7 @@ def solve_sample(
         return options.precision_modes(name, clouds, eps, limits[0])
 
     kernels, admissible = kernels_of(variant, tune, method, clouds, precision, modes)
+    tiles = "all" if tiles == "auto" and kernels.named is not None else tiles
     steps = listed(Steps(clouds, eps, admissible, rho_a, rho_b), limits[0], tiles)
     course = Course(*limits, options.told(callback, verbose, started), ratio, kernels)
     pair, finer = _pair(given, steps, potentials_init), precision == "auto"

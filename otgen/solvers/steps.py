@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from otgen import iterations, ops
-from otgen.ops import Scalar
+from otgen.ops import Flags, Scalar
 from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds
 
@@ -121,6 +121,11 @@ class Steps:
     def skipped(self) -> dict[str, Any]:
         """What the last sweep left out, as `otgen.solvers.sinkhorn.Outcome` has it: nothing."""
         return {"visited": 1.0, "omitted": 0.0}
+
+    @property
+    def listed(self) -> tuple[Flags, ...]:
+        """The flags of kernels that visit listed tiles, where half steps may take such: none."""
+        return ()
 
     def rows(self, u: Tensor, v: Tensor, step: float = 1.0) -> tuple[Tensor, Tensor]:
         """The update of u from v, and the row sums of the pair that came in."""
