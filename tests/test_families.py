@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import product
 from math import prod
 
 import pytest
@@ -101,10 +100,9 @@ def test_every_refusal_names_a_reason_and_every_reason_refuses() -> None:
     reasons = set()
     for problem in [*PROBLEMS, *(replace(p, dtype="bf16") for p in PROBLEMS[:2])]:
         kind = family(problem.family)
-        axes = kind.listed_axes(problem)
-        variants = [Variant(dict(zip(axes, values))) for values in product(*axes.values())]
-        for gpu in ("l4", "mi300x"):
-            reasons |= {kind.fits(problem, variant, GPUS[gpu]) for variant in random.Random(0).sample(variants, 2000)}
+        draw, axes = random.Random(0), kind.listed_axes(problem)
+        variants = [Variant({axis: draw.choice(values) for axis, values in axes.items()}) for _ in range(2000)]
+        reasons |= {kind.fits(problem, variant, GPUS[gpu]) for gpu in ("l4", "mi300x") for variant in variants}
     text = "\n".join(sorted(reasons))
     for word in (
         "product uses",

@@ -79,6 +79,10 @@ ELSEWHERE = {("fusion", "resident"), *(("PROGRAMS", number) for number in loop.P
 """Values of smaller problems and of larger GPUs (tests/test_loop.py)."""
 
 
+ALIKE = {("PROGRAMS", number) for number in loop.PROGRAMS if number > 2}
+"""Values that are one to an interpreter, which has one program do what they share."""
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_value_is_legal_somewhere(name: str) -> None:
     alike = [problem for kind in KINDS.values() for problem in kind if problem.family == name]
@@ -173,7 +177,7 @@ def cases(alike: Sequence[Problem], everything: bool, random: Random) -> Iterato
 
     Values that are not legal together are left out.
     """
-    alone = [(problem, chosen) for problem in alike for chosen in values(problem)]
+    alone = [(problem, chosen) for problem in alike for chosen in values(problem) if everything or chosen[0] not in ALIKE]
     pairs = [(problem, pair(problem, random)) for problem in random.choices(alike, k=PAIRS * (30 if everything else 1))]
     reached: set[Chosen] = set()
     for problem, chosen in [*random.sample(alone, len(alone)), *pairs]:
