@@ -21,9 +21,9 @@ def every(kind: Family, n: int, m: int, d: int, dtype: str = "fp32") -> list[Pro
 
 
 def held(problem: Problem, variant: Variant) -> tuple[Problem, Variant]:
-    """Both as they are, but where the tile is the whole problem: then a square one, and as many points as it is sure to hold."""
+    """Both, but where the tile is the whole problem: then a square one, one program's, and as many points as it is sure to hold."""
     if not is_whole(variant):
         return problem, variant
     most = variant.int("BLOCK_M") // 2
     sides = {"n": min(problem.n, most), "m": min(problem.m, most)}
-    return replace(problem, **sides), variant.with_(BLOCK_N=variant["BLOCK_M"], num_stages=1)
+    return replace(problem, **sides), variant.with_(BLOCK_N=variant["BLOCK_M"], num_stages=1, PROGRAMS=1)
