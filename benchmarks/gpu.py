@@ -4,11 +4,12 @@
     tune         a small set tuned by measuring (`otgen tune --gpu auto`) into DIR/tuning.db
     prediction   the model's ranking against those measurements (`prediction.py`)
     peers        otgen, on the winners just measured, against others (`peers.py`), for as long as time is left
+    sizes        otgen against flash-sinkhorn on whole calls (`sizes.py`); only when named, since the others take all the time
 
 Each part is a process with a time limit: at its end it is interrupted, and killed if that does not help. A part that fails does not
 stop the others. DIR, benchmarks/results/<gpu> by default, gets log.txt, prepare.txt, tuning.db, prediction.json, peers.json,
-peers.png and gpu.json. The last lines printed are a table of the parts. Exit code 0 when all parts ended well, 1 when one did not,
-2 without a GPU. Nothing is installed or downloaded.
+peers.png, sizes.json and gpu.json. The last lines printed are a table of the parts. Exit code 0 when all parts ended well, 1 when
+one did not, 2 without a GPU. Nothing is installed or downloaded.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ TOTAL = 500.0
 GRACE = 15.0
 """Seconds between the interruption of a part and its end by force."""
 
-LIMITS = {"tests": 150.0, "tune": 150.0, "prediction": 30.0, "peers": 400.0}
+LIMITS = {"tests": 150.0, "tune": 150.0, "prediction": 30.0, "peers": 400.0, "sizes": 345.0}
 """The most seconds a part may take, in the order they run; none gets more than is left of the total."""
+
+APART = ("sizes",)
+"""Parts that run only when they are named."""
 
 PREPARATION = 120.0
 """Seconds the autotuner's compilations may take beyond the end of the tests."""
@@ -81,11 +85,15 @@ def peers(out: Path, seconds: float) -> list[str]:
     return [sys.executable, "benchmarks/peers.py", "--out", str(out), "--budget", f"{max(10.0, seconds - 60.0):.0f}"]
 
 
+def sizes(out: Path, seconds: float) -> list[str]:
+    return [sys.executable, "benchmarks/sizes.py", "--out", str(out), "--budget", f"{max(10.0, seconds - 45.0):.0f}"]
+
+
 def prepare(out: Path, seconds: float) -> list[str]:
     return [sys.executable, "benchmarks/peers.py", "--prepare"]
 
 
-PARTS: dict[str, Command] = {"tests": tests, "tune": tune, "prediction": prediction, "peers": peers}
+PARTS: dict[str, Command] = {"tests": tests, "tune": tune, "prediction": prediction, "peers": peers, "sizes": sizes}
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def table(results: Sequence[Ended]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Test, tune and compare on this machine's GPU.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all but {', '.join(APART)} by default")
     parser.add_argument("--out", type=Path, help="folder to write to; benchmarks/results/<gpu> by default")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts together")
     options = parser.parse_args(arguments)
@@ -184,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))  # a checkout need not be installed
     from otgen.gpus import detect
 
-    names = [name for name in PARTS if not options.parts or name in options.parts]
+    names = [name for name in PARTS if name in (options.parts or PARTS.keys() - set(APART))]
     out = (options.out or ROOT / "benchmarks" / "results" / detect().slug).resolve()
     out.mkdir(parents=True, exist_ok=True)
     ahead = prepare if "peers" in names and find_spec("flash_sinkhorn") else None

@@ -51,6 +51,11 @@ Row = dict[str, Any]
 Potentials = tuple[torch.Tensor, torch.Tensor]
 
 
+def failure(error: Exception) -> str:
+    """A row's status: the kind of error and its first line."""
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
 def timed(call: Callable[[], Any], device: str) -> float:
     """Seconds from the start to the end of the call's work on the device."""
     if device == "cpu":
@@ -64,6 +69,16 @@ def timed(call: Callable[[], Any], device: str) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def turns(runs: dict[str, Callable[[], Any]], once: float, device: str) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, which take turns in an order that rotates; all of them together need about `once` seconds."""
+    names, samples = list(runs), {name: [] for name in runs}
+    for turn in range(int(min(MOST, max(FEWEST, ROUNDS_S / max(once, 1e-9))))):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            samples[name].append(timed(runs[name], device))
+    return samples
 
 
 def marginal_error(task: Task, f: torch.Tensor, g: torch.Tensor) -> float:
@@ -102,8 +117,9 @@ class Comparison:
             except Unfit as reason:
                 rows[name]["status"] = f"left out: {reason}"
             except Exception as error:  # a contender's failure is a result
-                rows[name]["status"] = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
-        samples = self._rounds({name: run for name, run in ready.items() if rows[name]["warm_s"] <= SLOW_S}, rows)
+                rows[name]["status"] = failure(error)
+        quick = {name: contender.run for name, contender in ready.items() if rows[name]["warm_s"] <= SLOW_S}
+        samples = turns(quick, sum(rows[name]["warm_s"] for name in quick), self.device)
         for name in ready:
             seconds = samples.get(name) or [rows[name]["warm_s"]]
             rows[name] |= {"ms_per_step": 1e3 * statistics.median(seconds) / task.steps, "solves_s": seconds}
@@ -132,17 +148,6 @@ class Comparison:
             row["potential_error_eps"] = potential_error(task, found, exact)
             row |= {"marginal_error": marginal_error(task, *found), "marginal_error_float64": marginal_error(task, *exact)}
         return contender
-
-    def _rounds(self, ready: dict[str, Contender], rows: dict[str, Row]) -> dict[str, list[float]]:
-        """Seconds of each contender's solves, taken in turns."""
-        names = list(ready)
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        total = sum(rows[name]["warm_s"] for name in names)
-        for turn in range(int(min(MOST, max(FEWEST, ROUNDS_S / max(total, 1e-9))))):
-            for place in range(len(names)):
-                name = names[(turn + place) % len(names)]
-                samples[name].append(timed(ready[name].run, self.device))
-        return samples
 
 
 def environment(device: str, iterations: int) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return prepare(options.dims)
     warnings.simplefilter("ignore", TuningWarning)
     about = environment(options.device, options.iterations)
-    out = options.out or Path(__file__).parent / "results" / _slug(options.device)
+    out = options.out or results(options.device)
     out.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(options.device, time.monotonic() + options.budget)
     problems = [(n, d, schedule) for d in options.dims for n in sorted(options.sizes) for schedule in SCHEDULES]
@@ -252,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             about["not_reached"] = [f"{schedule} d={d} n={n}" for n, d, schedule in problems[done:]]
             break
         print(f"{schedule} d={d} n={n}: {time.monotonic() - began:.1f} s", flush=True)
-        _write(out, about, comparison.rows)
-    _write(out, about, comparison.rows)
+        write(out / "peers.json", about, comparison.rows)
+    write(out / "peers.json", about, comparison.rows)
     if not plot(comparison.rows, out / "peers.png", about["device"]):
         print("No plot: matplotlib is not installed; pip install 'otgen[bench]' brings it.")
     for row in comparison.rows:
@@ -263,16 +268,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if any(row["status"] == "ok" for row in comparison.rows) else 1
 
 
-def _slug(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
-    from otgen.gpus import detect
+def results(device: str) -> Path:
+    """The folder of a device's results."""
+    if device == "cuda":
+        from otgen.gpus import detect
 
-    return detect().slug
+        device = detect().slug
+    return Path(__file__).parent / "results" / device
 
 
-def _write(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
-    (out / "peers.json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+def write(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
