@@ -27,10 +27,10 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 test: $(VENV)/installed
-	$(RUN) pytest -n $(JOBS) $(ARGS)
+	$(RUN) pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-all: $(VENV)/installed
-	$(RUN) pytest -n $(JOBS) --wide $(ARGS)
+	$(RUN) pytest -n $(JOBS) --dist worksteal --wide $(ARGS)
 
 tune: $(VENV)/installed
 	$(RUN) otgen tune --gpu $(GPU) $(foreach shape,$(SHAPE),--shape $(shape)) $(ARGS)

@@ -44,34 +44,68 @@ MOST_OMITTED = 1e-7
 """Share of a sum that may be missing from it, whatever the tolerance."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tiling:
-    """The tiles of a problem and its transpose, and those of each side with itself."""
+class Sorted:
+    """Both clouds in blocks, and what is made of them when it is first asked for: a solve may not come to a listed step."""
 
-    ahead: Tiles | LaunchedTiles
-    back: Tiles | LaunchedTiles
-    alone: Tiles | LaunchedTiles
-    other: Tiles | LaunchedTiles
+    def __init__(self, clouds: Clouds, share: float, coarse: float) -> None:
+        self._clouds, self._limits = clouds, (share, coarse)
 
-    @classmethod
-    def of(cls, clouds: Clouds, share: float, coarse: float) -> Tiling:
-        streamed, sides = ops.streamed(clouds.x), []
-        for points, weights in ((clouds.x, clouds.a), (clouds.y, clouds.b)):
+    @cached_property
+    def tiles(self) -> tuple[Tiles | LaunchedTiles, ...]:
+        """Those of the problem, of its transpose, of the first side with itself, and of the second."""
+        c, sides = self._clouds, []
+        streamed = ops.streamed(c.x)
+        for points, weights in ((c.x, c.a), (c.y, c.b)):
             cut = partial(halved, points, WIDTH) if streamed else partial(filled, points, lists.WIDTH)
             rows, weighted = cut(), weights > 0
             columns = rows if bool(weighted.all()) else cut(weighted.nonzero()[:, 0])
             sides.append((rows, columns, weights))
         (x, x_columns, a), (y, y_columns, b) = sides
         pairs = (x, y_columns, a, b), (y, x_columns, b, a), (x, x_columns, a, a), (y, y_columns, b, b)
-        return cls(*((Tiles if streamed else LaunchedTiles)(*pair, share, coarse) for pair in pairs))
+        return tuple((Tiles if streamed else LaunchedTiles)(*pair, *self._limits) for pair in pairs)
+
+    @property
+    def begun(self) -> bool:
+        return "tiles" in vars(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """The tiles of a problem and its transpose, and those of each side with itself: which of `Sorted.tiles` they are."""
+
+    sorted: Sorted
+    places: tuple[int, ...] = (0, 1, 2, 3)
+
+    @property
+    def ahead(self) -> Tiles | LaunchedTiles:
+        return self.sorted.tiles[self.places[0]]
+
+    @property
+    def back(self) -> Tiles | LaunchedTiles:
+        return self.sorted.tiles[self.places[1]]
+
+    @property
+    def alone(self) -> Tiles | LaunchedTiles:
+        return self.sorted.tiles[self.places[2]]
+
+    @property
+    def visited(self) -> float:
+        """The share of the pairs that the last sweep visited."""
+        return self.ahead.visited if self.sorted.begun else 1.0
+
+    @property
+    def omitted(self) -> float:
+        """At most the mass of the plan that the last sweeps left out."""
+        return max(self.ahead.omitted, self.back.omitted) if self.sorted.begun else 0.0
 
     @property
     def swapped(self) -> Tiling:
-        return Tiling(self.back, self.ahead, self.other, self.alone)
+        ahead, back, alone, other = self.places
+        return Tiling(self.sorted, (back, ahead, other, alone))
 
     @property
     def own(self) -> Tiling:
-        return Tiling(*(self.alone,) * 4)
+        return Tiling(self.sorted, (self.places[2],) * 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +124,11 @@ class ListedSteps(Steps):
 
     @property
     def skipped(self) -> dict[str, Any]:
-        return {"visited": self.tiling.ahead.visited, "omitted": max(self.tiling.ahead.omitted, self.tiling.back.omitted)}
+        return {"visited": self.tiling.visited, "omitted": self.tiling.omitted}
 
     @property
     def sweeps(self) -> int:
-        return super().sweeps if self.tiling.ahead.visited == 1.0 else 2
+        return super().sweeps if self.tiling.visited == 1.0 else 2
 
     def runs(self, schedule: str) -> bool:
         """No: launches of many iterations visit all tiles."""
@@ -181,7 +215,7 @@ def listed(steps: Steps, tol: float, tiles: Any = "auto") -> Steps:
     given = {own.name: getattr(steps, own.name) for own in fields(Steps)}
     coarse = 0.0 if tiles == "listed" else LEAST_SPREAD / max(clouds.reach, 1e-30) ** 2
     kind = ListedSteps if ops.streamed(clouds.x) else LaunchedSteps
-    return kind(**given, tiling=Tiling.of(clouds, share, coarse))
+    return kind(**given, tiling=Tiling(Sorted(clouds, share, coarse)))
 
 
 def _pays(steps: Steps) -> bool:
