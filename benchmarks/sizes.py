@@ -33,6 +33,7 @@ from contenders import Unfit
 from peers import SLOW_S, Row, environment, failure, results, timed, turns, write
 from questions import ITERATIONS, KINDS, Posed, Question, Ready
 
+from otgen.measure import quantile
 from otgen.pool import Pool, Role
 
 TARGETS = {"loss": 5.0, "symmetric": 5.0, "alternating": 5.0, "batch": 20.0, "listed": 1.0, "hvp": 2.0}
@@ -128,10 +129,8 @@ class Answers:
 
 
 def summary(samples: list[float]) -> Row:
-    p20, median, p80 = (
-        torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor((0.2, 0.5, 0.8), dtype=torch.float64)).tolist()
-    )
-    return {"median_s": median, "p20_s": p20, "p80_s": p80, "samples_s": samples}
+    quantiles = {f"{name}_s": quantile(samples, q) for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+    return {**quantiles, "samples_s": samples}
 
 
 def compare(rows: Sequence[Row]) -> None:

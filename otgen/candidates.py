@@ -116,9 +116,7 @@ def by_mode(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
 def siblings(problem: Problem, gpu: Gpu, variant: Variant) -> list[Variant]:
     """The legal variants that compile to the kernels of `variant`, itself among them: they differ in the number of programs."""
     kind = family(problem.family)
-    axes = {axis: values for axis, values in kind.axes(problem).items() if axis in kind.grid_axes and axis in variant}
-    choices = [variant.with_(**dict(zip(axes, values))) for values in product(*axes.values())]
-    kernels = kind.same_kernels(variant)
+    kernels, choices = kind.same_kernels(variant), kind.grids(problem, variant)
     return [c for c in choices if c == variant or (kind.same_kernels(c) == kernels and not kind.fits(problem, c, gpu))]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from itertools import product
 
 from otgen.compile import compile_key
 from otgen.errors import UsageError
@@ -45,10 +44,8 @@ def digests(problem: Problem, variant: Variant) -> Iterator[str]:
     """Of the present renders of all variants that compile alike: one binary stands for them, and the digest may be of any."""
     kind = family(problem.family)
     try:
-        axes = {axis: values for axis, values in kind.axes(problem).items() if axis in kind.grid_axes and axis in variant}
         yield kernels_digest(source(problem, variant))
-        for values in product(*axes.values()):
-            other = variant.with_(**dict(zip(axes, values)))
+        for other in kind.grids(problem, variant):
             if other != variant and kind.same_kernels(other) == kind.same_kernels(variant):
                 yield kernels_digest(source(problem, other))
     except UsageError:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from inspect import unwrap
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from otgen.families import family
 from otgen.gpus import Gpu, triton_target
 from otgen.problem import BYTES, Problem, Spec
+from otgen.render import with_kernels
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int32": "int32"}
 
@@ -33,16 +33,10 @@ def launches_of(module: ModuleType, problem: Problem, target: Gpu) -> list[Launc
     from triton.runtime.jit import JITFunction
 
     log: list[Launch] = []
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    functions = [unwrap(value) for value in vars(module).values() if isinstance(value, FunctionType)]
-    launched = {name: kernels[name] for function in functions for name in function.__code__.co_names if name in kernels}
+    recorders = {name: _Recorder(value, log) for name, value in vars(module).items() if isinstance(value, JITFunction)}
     stubs = {name: _Stub(a) if isinstance(a, Spec) else a for name, a in family(problem.family).arguments(problem).items()}
     driver.set_active(OfflineDriver(target))
-    vars(module).update({name: _Recorder(kernel, log) for name, kernel in launched.items()})
-    try:
-        module.launch(**stubs)
-    finally:
-        vars(module).update(launched)
+    with_kernels(module, recorders)(**stubs)
     return log
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, reduce
 from operator import attrgetter, or_
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
+
+from otgen.render import with_kernels
 
 ALIGNMENT = 16
 """Bytes; Triton compiles for addresses that are multiples of it."""
@@ -50,13 +52,7 @@ class _Launch:
         launch(**arguments)
 
     def _copy(self) -> Callable[..., None]:
-        """The functions of the module with kernels that remember."""
-        names = {**vars(self._module), **{name: _Remembered(kernel) for name, kernel in self._kernels.items()}}
-        for name, value in vars(self._module).items():
-            if isinstance(value, FunctionType) and value.__module__ == self._module.__name__:
-                names[name] = FunctionType(value.__code__, names, name, value.__defaults__, value.__closure__)
-        launch: Callable[..., None] = names["launch"]
-        return launch
+        return with_kernels(self._module, {name: _Remembered(kernel) for name, kernel in self._kernels.items()})
 
 
 class _Remembered:

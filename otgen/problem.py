@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -267,6 +268,11 @@ class Family:
     def same_kernels(self, variant: Variant) -> Variant:
         """What stands for all variants that compile to the kernels of this one: numbers of programs above two are two."""
         return variant.with_(**{axis: min(variant.int(axis), 2) for axis in self.grid_axes if axis in variant})
+
+    def grids(self, problem: Problem, variant: Variant) -> list[Variant]:
+        """`variant` with every number of programs that the problem's axes have."""
+        axes = {axis: values for axis, values in self.axes(problem).items() if axis in self.grid_axes and axis in variant}
+        return [variant.with_(**dict(zip(axes, values))) for values in product(*axes.values())]
 
     def plain(self, variant: Variant) -> Variant:
         """`variant` without its refinements."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import log2
+from math import log2, prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from otgen import families
@@ -99,14 +99,13 @@ def _adapted(winner: Winner, target: Problem, gpu: Gpu) -> Variant:
     variant = winner.variant.with_(**cut)
     if stale(winner) or not kind.fits(target, variant, gpu):
         return variant
-    fewer = (
-        variant.with_(**{axis: size})
-        for axis in kind.grid_axes
-        if axis in variant
-        for size in sorted((size for size in axes.get(axis, ()) if isinstance(size, int)), reverse=True)
-        if size < variant.int(axis)
-    )
-    return next((other for other in fewer if not kind.fits(target, other, gpu)), variant)
+
+    def programs(of: Variant) -> int:
+        return prod(of.int(axis) for axis in kind.grid_axes if axis in of)
+
+    fewer = [other for other in kind.grids(target, variant) if programs(other) < programs(variant)]
+    legal = (other for other in sorted(fewer, key=programs, reverse=True) if not kind.fits(target, other, gpu))
+    return next(legal, variant)
 
 
 def _refusal(winner: Winner, variant: Variant, target: Problem, gpu: Gpu, modes: tuple[str, ...]) -> str:

@@ -13,11 +13,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from types import CellType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 from otgen import __version__
 from otgen.errors import OtgenError
@@ -168,3 +168,18 @@ def import_file(path: Path) -> ModuleType:
 def load(problem: Problem, variant: Variant, directory: Path | None = None) -> ModuleType:
     """The rendered module, ready to launch: ``load(problem, variant).launch(**arguments)``."""
     return import_file(save(problem, variant, directory))
+
+
+def with_kernels(module: ModuleType, kernels: Mapping[str, Any]) -> Callable[..., None]:
+    """The ``launch`` of a rendered module that starts these in the place of its kernels; the module stays as it is."""
+    names = {**vars(module), **kernels}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, FunctionType) or value.__globals__ is not vars(module):
+            return value
+        closure = value.__closure__ and tuple(CellType(copied(cell.cell_contents)) for cell in value.__closure__)
+        return FunctionType(value.__code__, names, value.__name__, value.__defaults__, closure)
+
+    names |= {name: copied(value) for name, value in names.items()}
+    launch: Callable[..., None] = names["launch"]
+    return launch

@@ -34,9 +34,6 @@ ASSUMED_VISITED = 0.1
 """Share of the columns that a list holds, to the model and where kernels are timed. An assumption: it depends on the clouds and the
 regularisation. With blocks of 128 points 10 % of three-dimensional clouds were visited at a blur of .02 (docs/skipping.md)."""
 
-TRUSTED = 2.0**-80, 2.0**120
-"""What a sum of shifted exponentials lies between, unless it is redone (`otgen.blocks.out_of_range`)."""
-
 
 def misfit(problem: Problem, variant: Variant) -> str:
     """Why rows of `problem` cannot visit listed columns in this way, or "" (also where they visit all)."""
@@ -91,6 +88,8 @@ def inputs(problem: Problem, given: Mapping[str, Any], seed: int) -> dict[str, A
     """`given` with lists of half of the tiles, in no order, of the second block none; some rows have a floor above their sum."""
     import torch
 
+    from otgen.chunked import HIGHEST
+
     generator = torch.Generator().manual_seed(seed)
     rows, columns = blocks(problem)
     visited = torch.rand(rows, columns, generator=generator) < 0.5
@@ -100,7 +99,7 @@ def inputs(problem: Problem, given: Mapping[str, Any], seed: int) -> dict[str, A
     chosen = [one[own[one]] for one, own in zip(order, visited)]
     starts = torch.tensor([0, *(len(own) for own in chosen)]).cumsum(0)
     found = {**given, "starts": starts, "columns": torch.cat(chosen), "floor": torch.zeros_like(given["u"])}
-    sums = torch.exp2(_log_sums(problem, found)[0]).clamp(max=TRUSTED[1])
+    sums = torch.exp2(_log_sums(problem, found)[0]).clamp(max=HIGHEST)
     floor = torch.zeros_like(sums)
     floor[2::3], floor[4::7] = sums[2::3] / 2, 2 * sums[4::7]
     return {**found, "floor": floor.float().double()}
@@ -125,9 +124,11 @@ def log_sums(problem: Problem, given: Mapping[str, Any]) -> torch.Tensor:
     """
     import torch
 
+    from otgen.chunked import HIGHEST, LOWEST
+
     listed, whole = _log_sums(problem, given)
     rho = torch.exp2(listed)
-    trusted = (rho > given["floor"][_places(problem, given)]) & (rho >= TRUSTED[0]) & (rho <= TRUSTED[1])
+    trusted = (rho > given["floor"][_places(problem, given)]) & (rho >= LOWEST) & (rho <= HIGHEST)
     return torch.where(trusted, listed, whole)
 
 

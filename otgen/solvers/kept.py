@@ -7,7 +7,7 @@ a constant bound, KEPT_BYTES, and goes when the loop ends: memory stays O((n + m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class KeptSteps(Steps):
 
     @classmethod
     def of(cls, steps: Steps) -> KeptSteps:
-        return cls(**{own.name: getattr(steps, own.name) for own in fields(Steps)})
+        return steps.into(cls)
 
     def only(self, problems: Tensor) -> KeptSteps:
         part = KeptSteps.of(super().only(problems))

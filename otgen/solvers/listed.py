@@ -8,7 +8,7 @@ Both clouds are sorted into blocks once; points, potentials and sums keep the ca
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -116,11 +116,11 @@ class ListedSteps(Steps):
 
     @cached_property
     def swapped(self) -> ListedSteps:
-        return self._with(super().swapped, self.tiling.swapped)
+        return super().swapped.into(type(self), tiling=self.tiling.swapped)
 
     @cached_property
     def alone(self) -> ListedSteps:
-        return self._with(super().alone, self.tiling.own)
+        return super().alone.into(type(self), tiling=self.tiling.own)
 
     @property
     def skipped(self) -> dict[str, Any]:
@@ -175,9 +175,6 @@ class ListedSteps(Steps):
     def _scale(self) -> float:
         return float(scale(self.eps))
 
-    def _with(self, steps: Steps, tiling: Tiling) -> ListedSteps:
-        return type(self)(**{own.name: getattr(steps, own.name) for own in fields(Steps)}, tiling=tiling)
-
 
 @dataclass(frozen=True, eq=False)
 class LaunchedSteps(ListedSteps):
@@ -212,10 +209,9 @@ def listed(steps: Steps, tol: float, tiles: Any = "auto") -> Steps:
     if tiles == "all" or missing or (tiles == "auto" and not _pays(steps)):
         return steps
     share = min(MOST_OMITTED, max(tol / 100, torch.finfo(clouds.x.dtype).eps))
-    given = {own.name: getattr(steps, own.name) for own in fields(Steps)}
     coarse = 0.0 if tiles == "listed" else LEAST_SPREAD / max(clouds.reach, 1e-30) ** 2
     kind = ListedSteps if ops.streamed(clouds.x) else LaunchedSteps
-    return kind(**given, tiling=Tiling(Sorted(clouds, share, coarse)))
+    return steps.into(kind, tiling=Tiling(Sorted(clouds, share, coarse)))
 
 
 def _pays(steps: Steps) -> bool:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from otgen import iterations, ops
 from otgen.ops import Flags, Scalar
 from otgen.precision import LOG2_E
 from otgen.solvers.inputs import Clouds
+
+Kind = TypeVar("Kind", bound="Steps")
 
 
 def kappa(eps: Scalar) -> Scalar:
@@ -74,6 +76,10 @@ class Steps:
     @cached_property
     def swapped(self) -> Steps:
         return replace(self, clouds=self.clouds.swapped, rho_a=self.rho_b, rho_b=self.rho_a)
+
+    def into(self, kind: type[Kind], **more: Any) -> Kind:
+        """The same, as steps of a kind that has `more` fields."""
+        return kind(**{own.name: getattr(self, own.name) for own in fields(Steps)}, **more)
 
     def at(self, eps: Scalar) -> Steps:
         """The same problem under another regularisation."""
